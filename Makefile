@@ -1,0 +1,27 @@
+# Every target sets up .venv from requirements.txt when it is missing or older than the pins.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+
+.PHONY: demo test test-fast bench lint
+
+demo: .venv/ready  ## the whole chain in minutes; DATASET=<nnU-Net folder> for real images
+	$(BIN)/python -m tools demo $(if $(DATASET),--dataset_dir $(DATASET)) $(ARGS)
+
+test: .venv/ready  ## everything, as continuous integration runs it
+	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: .venv/ready
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+bench: .venv/ready  ## speed, as ratios within one run
+	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m tools vendor --check
+
+.venv/ready: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@

@@ -1,0 +1,43 @@
+"""Mixed precision and channels-last for any MONAI inferer, on CPU as on CUDA (MONAI's engines autocast on CUDA only)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from monai.inferers import Inferer, SimpleInferer
+from torch import Tensor, nn
+
+
+class MixedPrecisionInferer(Inferer):
+    """Run another inferer under bfloat16 autocast, with the input in the channels-last format; returns float32.
+
+    Args:
+        inferer: what does the work: ``SimpleInferer`` when None, or a ``SlidingWindowInferer``.
+        precision: ``"bfloat16"``, or ``"float32"`` for full precision. A CUDA device without bfloat16 uses float32.
+        channels_last: memory format of the input, which the network's convolutions then keep.
+
+    Raises:
+        ValueError: another ``precision``.
+    """
+
+    def __init__(self, inferer: Inferer | None = None, precision: str = "bfloat16", channels_last: bool = True) -> None:
+        super().__init__()
+        if precision not in ("bfloat16", "float32"):
+            raise ValueError(f"precision must be 'bfloat16' or 'float32', got {precision!r}")
+        self.inferer = inferer or SimpleInferer()
+        self.precision = precision
+        self.channels_last = channels_last
+
+    def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        plain = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs
+        device = plain.device.type
+        half = self.precision == "bfloat16" and (device != "cuda" or torch.cuda.is_bf16_supported())
+
+        def forward(window: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if self.channels_last and window.ndim == 5:
+                window = window.contiguous(memory_format=torch.channels_last_3d)
+            with torch.autocast(window.device.type, dtype=torch.bfloat16, enabled=half):
+                return network(window, *args, **kwargs).float()
+
+        return self.inferer(plain, forward, *args, **kwargs)

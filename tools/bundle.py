@@ -1,0 +1,157 @@
+"""A MONAI bundle as the tools see it: its configs with references resolved, its labels, weights and code."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tools.errors import UserError
+
+
+class Bundle:
+    """A bundle folder.
+
+    Args:
+        path: folder with configs/metadata.json and configs/inference.json.
+
+    Raises:
+        UserError: one of the two is missing or is not JSON.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise UserError(f"{path} is not a bundle folder")
+        self.metadata = read_json(self.path / "configs" / "metadata.json")
+        self.inference = read_json(self.path / "configs" / "inference.json")
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the output channels 1..C."""
+        try:
+            channels = self.metadata["network_data_format"]["outputs"]["pred"]["channel_def"]
+            return [str(channels[str(i)]) for i in range(1, len(channels))]
+        except KeyError as error:
+            raise UserError(f"{self.path}/configs/metadata.json: outputs#pred#channel_def lacks {error}") from None
+
+    @property
+    def label_map(self) -> dict[str, list[int | str]]:
+        """For each output channel, the labels of the training dataset that it stands for."""
+        recorded = self.metadata.get("label_map", {})
+        return {label: recorded.get(label, [label]) for label in self.labels}
+
+    @property
+    def in_channels(self) -> int:
+        return self.metadata["network_data_format"]["inputs"]["image"]["num_channels"]
+
+    @property
+    def model_file(self) -> Path:
+        return self.path / "models" / "model.pt"
+
+    def state(self) -> dict[str, Any]:
+        """The weights by name, as torch tensors.
+
+        Raises:
+            UserError: there are none, or the file is damaged or holds NaN.
+        """
+        from tools.bundle_code.weights import load_state
+
+        if not self.model_file.is_file():
+            raise UserError(f"{self.model_file} not found: train the bundle first")
+        try:
+            return load_state(self.model_file)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    @contextmanager
+    def code(self) -> Iterator[None]:
+        """Make the bundle's own ``scripts`` package importable, and no other bundle's, inside the block."""
+        _forget_scripts()
+        sys.path.insert(0, str(self.path.resolve()))
+        try:
+            yield
+        finally:
+            sys.path.remove(str(self.path.resolve()))
+            _forget_scripts()
+
+    def parser(self, **overrides: Any):
+        """A MONAI ConfigParser over inference.json, with metadata, and ``bundle_root`` set."""
+        from monai.bundle import ConfigParser
+
+        parser = ConfigParser()
+        parser.read_config(str(self.path / "configs" / "inference.json"))
+        parser.read_meta(str(self.path / "configs" / "metadata.json"))
+        parser.update({"bundle_root": str(self.path.resolve()), **overrides})
+        return parser
+
+    def resolved(self, key: str) -> Any:
+        """An entry of inference.json with its references and expressions replaced by plain values.
+
+        Raises:
+            UserError: the entry is missing, or refers to something that is not a plain value.
+        """
+        if key not in self.inference:
+            raise UserError(f"{self.path}/configs/inference.json has no {key!r}")
+        parser = self.parser()
+        parser.resolve_macro_and_relative_ids()
+        with self.code():
+            return _plain(parser, key, parser[key])
+
+    def network_def(self) -> dict[str, Any]:
+        return self.resolved("network_def")
+
+
+def _plain(parser: Any, key: str, value: Any) -> Any:
+    if isinstance(value, dict):
+        entries = {k: _plain(parser, f"{key}::{k}", v) for k, v in value.items()}
+        return None if entries.get("_disabled_") else {k: v for k, v in entries.items() if k != "_disabled_"}
+    if isinstance(value, list):
+        entries = [_plain(parser, f"{key}::{i}", v) for i, v in enumerate(value)]
+        return [new for new, old in zip(entries, value) if new is not None or old is None]
+    if isinstance(value, str) and value[:1] in "@$":
+        content = parser.get_parsed_content(key)
+        try:
+            return json.loads(json.dumps(content))
+        except TypeError:
+            raise UserError(
+                f"{key.replace('::', '#')} of inference.json is {value!r}, which is not a plain value"
+            ) from None
+    return value
+
+
+def _forget_scripts() -> None:
+    for module in [name for name in sys.modules if name.split(".")[0] == "scripts"]:
+        del sys.modules[module]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        UserError: the file is missing or is not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} not found") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Indented JSON with lists of numbers or words on one line, as people write configs."""
+    text = json.dumps(content, indent=4)
+    text = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda match: "[" + re.sub(r",\s+", ", ", match[1]) + "]", text)
+    path.write_text(text + "\n")

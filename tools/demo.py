@@ -1,0 +1,335 @@
+"""``demo``: the whole chain, pretrain → fine-tune → diff → merge → evaluate, each step one printed command.
+
+One population of patients pre-trains a starting point on all organs; single organs are fine-tuned with fresh heads on
+another; their task vectors are merged; all is scored on patients that nothing has seen (the protocol of U-Net Transplant,
+MICCAI 2025).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tools.errors import UserError
+from tools.labels import parse_channels, parse_sources
+
+BUNDLES = Path(os.path.relpath(Path(__file__).parents[1] / "bundles"))
+PHANTOM_TASKS = {
+    "liver": "liver",
+    "spleen": "spleen",
+    "kidneys": ["right kidney", "left kidney"],
+    "stomach": "stomach",
+}
+# merged bundles by folder name: the method's flags, and what the table calls it
+MERGES = {
+    "merged_heads": ("--method task_arithmetic --scale 0", "start + new heads (λ = 0)"),
+    "merged_average": ("--method average", "average"),
+    "merged_task_arithmetic": ("--method task_arithmetic --scale 0.4", "task arithmetic (λ = 0.4)"),
+    "merged_ties": ("--method ties --density 0.2", "TIES (top 20 %)"),
+}
+
+
+@dataclass
+class Cohorts:
+    """Who pre-trains, who fine-tunes and who tests.
+
+    Attributes:
+        pretrain: nnU-Net dataset for pre-training.
+        finetune: nnU-Net dataset for fine-tuning and testing.
+        splits: folder with pretrain.json and finetune.json, whose parts are train, val and test.
+    """
+
+    pretrain: Path
+    finetune: Path
+    splits: Path
+
+
+def demo(
+    dataset_dir: str = "",
+    output: str = "runs/demo",
+    tasks: object = None,
+    pretrain_bundle: str = "pretrain_amos",
+    overlay: str = "small",
+    pretrain_epochs: int = 0,
+    finetune_epochs: int = 0,
+    seed: int = 0,
+) -> None:
+    """Run the whole chain and write a table (Dice per task) and one picture per test case. A stopped run goes on.
+
+    Args:
+        dataset_dir: nnU-Net raw dataset; its labelled patients are split three ways. Default: the simulated phantom.
+        output: folder for everything.
+        tasks: names separated by commas, "liver,spleen"; or a dictionary with several labels for a task,
+            "{kidneys: [right kidney, left kidney], liver: liver}". Default: every label of the dataset (four organs of
+            the phantom).
+        pretrain_bundle: the bundle that pre-trains, pretrain_amos or pretrain_cui.
+        overlay: overlay of the training bundles, "small" for two CPU cores; "" for full size.
+        pretrain_epochs: other than the overlay's.
+        finetune_epochs: other than the overlay's.
+        seed: of the phantom, the split and the training.
+    """
+    root = Path(output)
+    run = Steps(root / "logs")
+    started = time.time()
+    cohorts = _real_cohorts(Path(dataset_dir), root, seed) if dataset_dir else _phantom_cohorts(root, run, seed)
+    wanted = _tasks(tasks, cohorts.finetune, phantom=not dataset_dir)
+
+    start = root / "pretrain"
+    run.step(
+        "pretrain_setup",
+        "1. a starting point: pre-train on all organs of the first patients",
+        tools(
+            "new_pretraining",
+            bundle=BUNDLES / pretrain_bundle,
+            dataset_dir=cohorts.pretrain,
+            output=start,
+            overlay=overlay,
+        ),
+    )
+    epochs = {"max_epochs": pretrain_epochs} if pretrain_epochs else {}
+    run.step("pretrain", "", train(start, split_file=cohorts.splits / "pretrain.json", seed=seed, **epochs))
+
+    epochs = {"max_epochs": finetune_epochs} if finetune_epochs else {}
+    for task, labels in wanted.items():
+        folder, slug = root / "specialists" / _slug(task), _slug(task)
+        setup = tools(
+            "new_task",
+            pretrained=start,
+            dataset_dir=cohorts.finetune,
+            task=task,
+            labels=",".join(map(str, labels)),
+            output=folder,
+            overlay=overlay,
+        )
+        run.step(
+            f"{slug}_setup", f"2. a specialist for {task}: fine-tune on other patients, share the task vector", setup
+        )
+        run.step(slug, "", train(folder, split_file=cohorts.splits / "finetune.json", seed=seed, **epochs))
+        run.step(f"{slug}_diff", "", tools("diff", pretrained=start, finetuned=folder, output=_vector(root, task)))
+
+    vectors = ",".join(str(_vector(root, task)) for task in wanted)
+    run.step("inspect", "3. merge the task vectors", [*tools("inspect"), *vectors.split(",")], show=True)
+    for name, (flags, _) in MERGES.items():
+        run.step(name, "", [*tools("merge", pretrained=start, vectors=vectors, output=root / name), *flags.split()])
+
+    bundles = [start, *(root / "specialists" / _slug(task) for task in wanted), *(root / name for name in MERGES)]
+    evaluation = tools(
+        "evaluate",
+        bundle=",".join(map(str, bundles)),
+        dataset_dir=cohorts.finetune,
+        part="test",
+        split_file=cohorts.splits / "finetune.json",
+        output=root / "evaluation",
+        overlays=False,
+    )
+    run.step("evaluate", "4. segment the test patients and compare", [*evaluation, "--overwrite"])
+    table = results_table(root, wanted, cohorts)
+    (root / "results.md").write_text(table)
+    _draw(root, wanted, cohorts)
+    print(f"\n{table}\nwritten: {root}/results.md, results.json, one picture per test patient in {root}/overlays")
+    print(f"{(time.time() - started) / 60:.1f} minutes")
+
+
+class Steps:
+    """Runs commands one after another, each once: what an earlier run finished is not done again."""
+
+    def __init__(self, logs: Path) -> None:
+        self.logs = logs
+        logs.mkdir(parents=True, exist_ok=True)
+
+    def step(self, name: str, title: str, command: Sequence[object], show: bool = False) -> None:
+        """Print a command, run it, and keep what it prints in logs/<name>.log.
+
+        Raises:
+            UserError: the command failed; its last words are in the message.
+        """
+        words = [str(word) for word in command]
+        if title:
+            print(f"\n{title}")
+        print(f"$ {shlex.join(words)}", flush=True)
+        done, log = self.logs / f"{name}.done", self.logs / f"{name}.log"
+        if done.is_file() and done.read_text() == shlex.join(words):
+            print("  (done before)")
+            return
+        began = time.time()
+        if name.endswith(("_setup", "_diff")) or name.startswith("merged_"):
+            words.append("--overwrite")  # of a half-finished earlier run
+        with log.open("w") as file:
+            code = subprocess.run(
+                [sys.executable, *words[1:]], stdout=file, stderr=None if sys.stderr.isatty() else file
+            ).returncode
+        lines = [line for line in log.read_text().splitlines() if line.strip()]
+        if code:
+            raise UserError(f"that command failed: {' '.join(lines[-1:])} (see {log})")
+        if show:
+            print("\n".join(lines))
+        print(f"  {time.time() - began:.0f} s")
+        done.write_text(shlex.join([str(word) for word in command]))
+
+
+def tools(command: str, **flags: object) -> list[object]:
+    """The words of ``python -m tools <command> --flag value …``."""
+    return ["python", "-m", "tools", command, *(word for name, value in flags.items() for word in (f"--{name}", value))]
+
+
+def train(bundle: Path, **overrides: object) -> list[object]:
+    """The words that train a bundle as a MONAI user does."""
+    words = [
+        "python",
+        "-m",
+        "monai.bundle",
+        "run",
+        "--config_file",
+        bundle / "configs" / "train.json",
+        "--bundle_root",
+        bundle,
+    ]
+    return [*words, *(word for name, value in overrides.items() for word in (f"--{name}", value))]
+
+
+def _slug(task: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in task.lower())
+
+
+def _vector(root: Path, task: str) -> Path:
+    return root / "vectors" / f"{_slug(task)}.safetensors"
+
+
+def _tasks(tasks: object, dataset_dir: Path, phantom: bool) -> dict[str, list[Any]]:
+    from tools.bundle_code.nnunet_data import read_labels
+    from tools.labels import resolve
+
+    if tasks is None:
+        chosen = PHANTOM_TASKS if phantom else {name: name for name in read_labels(dataset_dir)}
+    else:
+        chosen = parse_channels(tasks) or {str(name): name for name in parse_sources(tasks)}
+    if len(chosen) < 2:
+        raise UserError("a merge needs two tasks at least")
+    return resolve(dataset_dir, chosen)
+
+
+def _phantom_cohorts(root: Path, run: Steps, seed: int) -> Cohorts:
+    from tools.bundle_code.nnunet_data import all_cases, make_folds
+
+    first, second = root / "data" / "Dataset001_PhantomNative", root / "data" / "Dataset002_PhantomPortal"
+    make = "0. simulated patients of two hospitals"
+    run.step("data1_setup", make, tools("phantom", output=first, population="native", cases=16, seed=seed))
+    run.step("data2_setup", "", tools("phantom", output=second, population="portal", cases=16, seed=seed + 1))
+    names = list(all_cases(second))
+    parts = {"train": names[:8], "val": names[8:10], "test": names[10:]}
+    _write_splits(root / "splits", make_folds(list(all_cases(first)), seed)[0], parts)
+    return Cohorts(first, second, root / "splits")
+
+
+def _real_cohorts(dataset_dir: Path, root: Path, seed: int) -> Cohorts:
+    """Split the labelled patients: 43 % pre-train, 36 % fine-tune, 21 % test; a fifth of the first two validates."""
+    from tools.bundle_code.nnunet_data import all_cases
+
+    try:
+        names = sorted(all_cases(dataset_dir))
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(str(error)) from None
+    if len(names) < 7:
+        raise UserError(f"{dataset_dir} has {len(names)} labelled cases; three separate groups need 7 at least")
+    names = [names[i] for i in np.random.RandomState(seed).permutation(len(names))]
+    a, b = round(0.43 * len(names)), round(0.79 * len(names))
+    first, second, test = names[:a], names[a:b], names[b:]
+    va, vb = max(1, len(first) // 5), max(1, len(second) // 5)
+    _write_splits(
+        root / "splits",
+        {"train": first[va:], "val": first[:va]},
+        {"train": second[vb:], "val": second[:vb], "test": test},
+    )
+    return Cohorts(dataset_dir.resolve(), dataset_dir.resolve(), root / "splits")
+
+
+def _write_splits(folder: Path, pretrain: Mapping, finetune: Mapping) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, parts in (("pretrain", pretrain), ("finetune", finetune)):
+        (folder / f"{name}.json").write_text(json.dumps([parts], indent=4))
+
+
+def _masks(root: Path, wanted: Mapping[str, Sequence], cohorts: Cohorts, case: str) -> dict[str, dict[str, np.ndarray]]:
+    """The organs of each task in a test case: reference, starting point, specialists and merges, by column title."""
+    import nibabel
+
+    from tools.bundle import Bundle
+    from tools.bundle_code.nnunet_data import all_cases, label_values
+
+    def label_map(bundle: str) -> np.ndarray:
+        return np.asarray(nibabel.load(root / "evaluation" / "label_maps" / bundle / f"{case}.nii.gz").dataobj)
+
+    from monai.transforms import LoadImage
+
+    truth = np.asarray(LoadImage(ensure_channel_first=True)(all_cases(cohorts.finetune)[case]["label"])[0])
+    values = dict(zip(wanted, label_values(cohorts.finetune, wanted)))
+    columns = {"reference": {task: np.isin(truth, values[task]) for task in wanted}}
+    start = label_map("pretrain")
+    channels = {tuple(sources): i for i, sources in enumerate(Bundle(root / "pretrain").label_map.values(), start=1)}
+    columns["starting point"] = {
+        task: np.isin(start, [i for sources, i in channels.items() if set(sources) <= set(wanted[task])])
+        for task in wanted
+    }
+    columns["specialists"] = {task: label_map(_slug(task)) == 1 for task in wanted}
+    for name, (_, title) in MERGES.items():
+        merged = label_map(name)
+        columns[title] = {task: merged == i for i, task in enumerate(wanted, start=1)}
+    return columns
+
+
+def results_table(root: Path, wanted: Mapping[str, Sequence], cohorts: Cohorts) -> str:
+    """Mean Dice over the test patients per task, and each merge as a share of the specialist; also written as JSON."""
+    cases = json.loads((cohorts.splits / "finetune.json").read_text())[0]["test"]
+    dice: dict[str, dict[str, list[float]]] = {}
+    for case in cases:
+        columns = _masks(root, wanted, cohorts, case)
+        for title in list(columns)[1:]:
+            for task in wanted:
+                truth, predicted = columns["reference"][task], columns[title][task]
+                if truth.any():
+                    score = 2 * np.sum(truth & predicted) / (truth.sum() + predicted.sum())
+                    dice.setdefault(title, {}).setdefault(task, []).append(float(score))
+    means = {title: {task: float(np.mean(scores)) for task, scores in tasks.items()} for title, tasks in dice.items()}
+    (root / "results.json").write_text(json.dumps({"test_cases": cases, "mean_dice": means, "dice": dice}, indent=2))
+    titles = list(means)
+    lines = [f"Mean Dice on {len(cases)} test patients; in brackets normalized accuracy (merged ÷ specialist).", ""]
+    lines += ["| task | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
+    for task in [*wanted, "mean"]:
+        row = {
+            t: means[t].get(task, np.nan) if task != "mean" else float(np.mean(list(means[t].values()))) for t in titles
+        }
+        cells = [f"{row[t]:.3f}" for t in titles[:2]]
+        if task == "mean":
+            shares = {
+                t: np.mean([means[t][k] / max(means["specialists"][k], 1e-6) for k in means[t]]) for t in titles[2:]
+            }
+        else:
+            shares = {t: row[t] / max(row["specialists"], 1e-6) for t in titles[2:]}
+        cells += [f"{row[t]:.3f} ({shares[t]:.2f})" for t in titles[2:]]
+        lines.append(f"| {task} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _draw(root: Path, wanted: Mapping[str, Sequence], cohorts: Cohorts) -> None:
+    from monai.transforms import LoadImage
+
+    from tools.bundle_code.nnunet_data import all_cases
+    from tools.pictures import draw_case
+
+    (root / "overlays").mkdir(exist_ok=True)
+    for case in json.loads((cohorts.splits / "finetune.json").read_text())[0]["test"]:
+        image = LoadImage(ensure_channel_first=True)(all_cases(cohorts.finetune)[case]["image"])
+        columns = _masks(root, wanted, cohorts, case)
+        draw_case(
+            np.asarray(image[0]), np.asarray(image.affine), columns, root / "overlays" / f"{case}.png", title=case
+        )

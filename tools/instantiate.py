@@ -1,0 +1,150 @@
+"""Make a bundle for a purpose out of a template: labels, network, preprocessing and code in place, nothing left to edit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tools.bundle import Bundle, read_json, write_json
+from tools.errors import UserError
+from tools.vendor import named_modules, with_imports
+
+LEFT_OUT = ("models", "checkpoints", "eval", "__pycache__", "splits_final.json")
+CONFIGS_WITH_NETWORK = ("train.json", "inference.json")
+
+
+def copy_template(template: Path, output: Path) -> None:
+    """Copy a bundle without its weights, checkpoints and results."""
+    shutil.copytree(template, output, ignore=shutil.ignore_patterns(*LEFT_OUT))
+    (output / "models").mkdir()
+
+
+def set_labels(output: Path, label_map: Mapping[str, list[int | str]]) -> None:
+    """Write the output channels into train.json, inference.json and metadata.json.
+
+    Args:
+        output: the bundle.
+        label_map: names of the channels 1..C, each with the labels of the training dataset that it stands for.
+    """
+    count = 1 + len(label_map)
+    names = {"0": "background", **{str(i): name for i, name in enumerate(label_map, start=1)}}
+    for config, path in _configs(output, CONFIGS_WITH_NETWORK):
+        if "labels" in config:
+            config["labels"] = dict(label_map)
+        elif "network_def" in config:
+            from tools.bundle_code.heads import output_argument
+
+            config["network_def"][output_argument(config["network_def"])] = count
+        write_json(path, config)
+    path = output / "configs" / "metadata.json"
+    metadata = read_json(path)
+    pred = metadata["network_data_format"]["outputs"]["pred"]
+    pred["num_channels"], pred["channel_def"] = count, names
+    metadata["label_map"] = dict(label_map)
+    metadata["pred_classes"] = (
+        f"{count} channels: background (constant 0) and one logit per label; argmax gives the label map"
+    )
+    write_json(path, metadata)
+
+
+def set_values(output: Path, values: Mapping[str, Any]) -> None:
+    """Set top-level entries in whichever of train.json and inference.json has them.
+
+    Raises:
+        UserError: an entry that neither has.
+    """
+    unknown = set(values)
+    for config, path in _configs(output, CONFIGS_WITH_NETWORK):
+        found = {key: value for key, value in values.items() if key in config}
+        unknown -= set(found)
+        write_json(path, {**config, **found})
+    if unknown:
+        raise UserError(f"{output}: neither train.json nor inference.json has {', '.join(sorted(unknown))}")
+
+
+def set_starting_point(output: Path, pretrained: Bundle, out_channels: int) -> dict[str, int]:
+    """Give a template the network, preprocessing and patch size of a starting point, and the code that they need.
+
+    Args:
+        output: the bundle to change, with the template's own scripts/.
+        pretrained: the starting point.
+        out_channels: of the network.
+
+    Returns:
+        The head: its tensor names, each with the axis that counts output channels.
+
+    Raises:
+        UserError: the head cannot be found, or code is missing.
+    """
+    from tools.bundle_code.heads import find_head, output_argument
+
+    network_def = pretrained.network_def()
+    try:
+        with pretrained.code():
+            head = find_head(network_def)
+    except Exception as error:
+        raise UserError(f"{pretrained.path}: {error}") from None
+    network_def[output_argument(network_def)] = out_channels
+    preprocessing = pretrained.resolved("preprocessing")
+    for config, path in _configs(output, CONFIGS_WITH_NETWORK):
+        for knob in ("width", "spacing"):
+            config.pop(knob, None)
+        dropout = {"dropout": "@dropout"} if "dropout" in network_def and "dropout" in config else {}
+        config["network_def"] = {**network_def, **dropout}
+        config["preprocessing"] = preprocessing
+        config["patch_size"] = _patch_size(pretrained)
+        if "head" in config:
+            config["head"] = list(head)
+        if "dataset" in config:
+            config["dataset"]["data"]["channels"] = pretrained.in_channels
+        write_json(path, config)
+    path = output / "configs" / "metadata.json"
+    metadata = read_json(path)
+    metadata["network_data_format"]["inputs"] = pretrained.metadata["network_data_format"]["inputs"]
+    for key in ("image_classes",):
+        if key in pretrained.metadata:
+            metadata[key] = pretrained.metadata[key]
+    metadata["network_data_format"]["outputs"]["pred"]["spatial_shape"] = pretrained.metadata["network_data_format"][
+        "outputs"
+    ]["pred"]["spatial_shape"]
+    write_json(path, metadata)
+    _assemble_scripts(output, pretrained, json.dumps([network_def, preprocessing]))
+    return head
+
+
+def _patch_size(pretrained: Bundle) -> list[int]:
+    for key in ("patch_size", "roi_size"):
+        if key in pretrained.inference:
+            return pretrained.resolved(key)
+    size = pretrained.resolved("inferer").get("roi_size")
+    if size is None:
+        raise UserError(f"{pretrained.path}/configs/inference.json: no patch_size, and no roi_size in its inferer")
+    return size
+
+
+def _assemble_scripts(output: Path, pretrained: Bundle, from_pretrained: str) -> None:
+    """Network and preprocessing code come from the starting point, everything else from the template."""
+    texts = [path.read_text() for path in sorted((output / "configs").glob("*.json"))]
+    theirs = named_modules([from_pretrained])
+    files = with_imports(named_modules(texts) - theirs, output / "scripts")
+    files |= with_imports(theirs, pretrained.path / "scripts")
+    shutil.rmtree(output / "scripts")
+    (output / "scripts").mkdir()
+    for name, text in files.items():
+        (output / "scripts" / name).write_text(text)
+
+
+def _configs(output: Path, names: tuple[str, ...]):
+    for name in names:
+        path = output / "configs" / name
+        if path.is_file():
+            yield read_json(path), path
+
+
+def update_metadata(output: Path, **entries: Any) -> None:
+    """Set entries of metadata.json."""
+    path = output / "configs" / "metadata.json"
+    write_json(path, {**read_json(path), **entries})

@@ -1,0 +1,61 @@
+"""Labels as a user types them on the command line, checked against a dataset."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import yaml
+
+from tools.errors import UserError
+
+Label = int | str
+
+
+def parse_sources(labels: object) -> list[Label]:
+    """Labels of one channel: ``6``, ``"2,3"``, ``("left", "right")``, ``"11-18,21-28"``."""
+    items = labels if isinstance(labels, Sequence) and not isinstance(labels, str) else [labels]
+    sources: list[Label] = []
+    for item in items:
+        for part in str(item).split(","):
+            part = part.strip()
+            span = re.fullmatch(r"(\d+)\s*-\s*(\d+)", part)
+            if span:
+                sources.extend(range(int(span[1]), int(span[2]) + 1))
+            elif part:
+                sources.append(int(part) if part.isdigit() else part)
+    return sources
+
+
+def parse_channels(labels: object) -> dict[str, object] | None:
+    """A dictionary of channels, also as YAML text such as ``{left lung: 1, right lung: 2}``; None if it is not one."""
+    if isinstance(labels, str) and labels.lstrip().startswith("{"):
+        try:
+            labels = yaml.safe_load(labels)
+        except yaml.YAMLError:
+            raise UserError(
+                f"--labels {labels!r} is not a dictionary such as {{kidneys: [2, 3], liver: liver}}"
+            ) from None
+    return dict(labels) if isinstance(labels, Mapping) else None
+
+
+def resolve(dataset_dir: str | Path, channels: Mapping[str, object]) -> dict[str, list[Label]]:
+    """Output channels with the names that the dataset gives to their labels.
+
+    Args:
+        dataset_dir: nnU-Net raw dataset.
+        channels: channel name to label(s) by name or voxel value.
+
+    Raises:
+        UserError: a label that the dataset does not have.
+    """
+    from tools.bundle_code.nnunet_data import label_values, read_labels
+
+    wanted = {str(name): parse_sources(sources) for name, sources in channels.items()}
+    try:
+        values = label_values(dataset_dir, wanted)
+        names = {value: name for name, vs in read_labels(dataset_dir).items() for value in vs if len(vs) == 1}
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(str(error)) from None
+    return {name: [names.get(v, v) for v in vs] for name, vs in zip(wanted, values, strict=True)}

@@ -1,0 +1,58 @@
+"""``new_pretraining``: a pre-training bundle for the labels of one dataset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tools.bundle import Bundle, read_json
+from tools.errors import UserError
+from tools.instantiate import copy_template, set_labels, set_values, update_metadata
+from tools.labels import parse_channels, resolve
+from tools.output import complete_output
+
+
+def new_pretraining(
+    bundle: str, dataset_dir: str, output: str, labels: object = "all", overlay: str = "", overwrite: bool = False
+) -> None:
+    """Copy a pre-training bundle and make it fit the labels of an nnU-Net dataset.
+
+    Args:
+        bundle: the bundle to copy, for example bundles/pretrain_amos.
+        dataset_dir: nnU-Net raw dataset (dataset.json, imagesTr, labelsTr).
+        output: folder of the new bundle.
+        labels: "all", or a dictionary of channel names and labels: "{kidneys: [2, 3], liver: liver}".
+        overlay: overlays of the bundle to write into its configs, for example "stable" or "small,stable".
+        overwrite: replace the output if it exists.
+    """
+    from tools.bundle_code.nnunet_data import read_labels
+
+    source = Bundle(bundle)
+    if labels == "all":
+        try:
+            labels = {name: [name] for name, values in read_labels(dataset_dir).items() if len(values) == 1}
+        except (ValueError, FileNotFoundError) as error:
+            raise UserError(str(error)) from None
+    channels = parse_channels(labels)
+    if not channels:
+        raise UserError('--labels must be "all" or a dictionary such as "{kidneys: [2, 3], liver: liver}"')
+    label_map = resolve(dataset_dir, channels)
+    with complete_output(output, overwrite) as folder:
+        copy_template(source.path, folder)
+        set_labels(folder, label_map)
+        set_values(folder, {"dataset_dir": str(Path(dataset_dir).resolve())})
+        apply_overlays(folder, overlay)
+        dataset = read_json(Path(dataset_dir) / "dataset.json").get("name", Path(dataset_dir).name)
+        update_metadata(folder, data_source=f"nnU-Net dataset {dataset}; not distributed with the bundle")
+    print(f"{output}: {len(label_map)} labels ({', '.join(label_map)})")
+
+
+def apply_overlays(folder: Path, overlay: str | tuple) -> None:
+    """Write the values of overlays, configs/<name>.json, into a bundle's configs.
+
+    Raises:
+        UserError: no such overlay, or one that changes more than top-level values.
+    """
+    names = overlay if isinstance(overlay, tuple | list) else str(overlay).split(",")
+    for name in filter(None, names):
+        values = read_json(folder / "configs" / f"{name}.json")
+        set_values(folder, {key: value for key, value in values.items() if not key.startswith("_")})

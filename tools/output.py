@@ -1,0 +1,45 @@
+"""Output that is complete or not there: written to a temporary name beside its place, then renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tools.errors import UserError
+
+
+@contextmanager
+def complete_output(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary path to write a file or a folder to; it takes the name ``path`` when the block ends without an error.
+
+    When the block fails or is interrupted, what was written is removed and an older output stays as it was.
+
+    Raises:
+        UserError: ``path`` exists and ``overwrite`` is not set, or is a folder that these tools did not make.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists; choose another --output, or add --overwrite")
+    if path.is_dir() and any(path.iterdir()) and not (path / "configs" / "metadata.json").is_file():
+        raise UserError(f"{path} is a folder that is not a bundle; it is not overwritten")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    try:
+        yield temporary
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
+    finally:
+        for leftover in (temporary, old):
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink(missing_ok=True)

@@ -1,0 +1,94 @@
+"""A task vector: what fine-tuning added to a starting point, with the head that it trained and its lineage.
+
+On disk it is one safetensors file. ``backbone/<name>`` holds finetuned - pretrained, ``head/<name>`` the whole head tensor
+in canonical form (background row zero); everything else is in the header.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from tools.errors import UserError
+
+FORMAT = "task-vector-1"
+
+
+@dataclass
+class TaskVector:
+    """Task arithmetic's τ = θt - θ0 (Ilharco et al., ICLR 2023) and what is needed to use it.
+
+    Attributes:
+        task: name of the task.
+        labels: names of the head's output channels 1..C.
+        label_map: for each of them, the labels of the fine-tuning dataset that it stands for.
+        pretrained_sha256: identity of the backbone that it was fine-tuned from.
+        finetuned_sha256: identity of the fine-tuned backbone.
+        network_def: the specialist's network.
+        head_axes: for each head tensor, the axis that counts output channels.
+        backbone: τ by tensor name, float32.
+        head: the trained head by tensor name, float32.
+        pretrained_name: what the starting point was called; for people.
+        tool_version: of the tools that wrote it.
+    """
+
+    task: str
+    labels: list[str]
+    label_map: dict[str, list[int | str]]
+    pretrained_sha256: str
+    finetuned_sha256: str
+    network_def: dict[str, Any]
+    head_axes: dict[str, int]
+    pretrained_name: str = ""
+    tool_version: str = ""
+    backbone: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    head: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+
+    def save(self, path: str | Path) -> None:
+        """Write the file. The same vector gives the same bytes."""
+        tensors = {f"backbone/{name}": tensor for name, tensor in self.backbone.items()}
+        tensors |= {f"head/{name}": tensor for name, tensor in self.head.items()}
+        facts = {name: value for name, value in vars(self).items() if name not in ("backbone", "head")}
+        save_file(tensors, path, metadata={"format": FORMAT, "facts": json.dumps(facts, sort_keys=True)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> TaskVector:
+        """Read a task vector; tensors are copied into memory.
+
+        Raises:
+            UserError: no such file, not a task vector, damaged, or with NaN or infinite values.
+        """
+        if not Path(path).is_file():
+            raise UserError(f"task vector {path} not found")
+        try:
+            with safe_open(path, framework="numpy") as file:
+                header = file.metadata() or {}
+                if header.get("format") != FORMAT:
+                    raise UserError(f"{path} is a safetensors file, but not a task vector ({FORMAT})")
+                vector = cls(**json.loads(header["facts"]))
+                for key in file:
+                    part, _, name = key.partition("/")
+                    getattr(vector, {"backbone": "backbone", "head": "head"}[part])[name] = file.get_tensor(key)
+        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+            raise UserError(f"{path} is damaged, or is not a task vector ({str(error).splitlines()[0]})") from None
+        vector.check(path)
+        return vector
+
+    def check(self, source: str | Path) -> None:
+        """Refuse NaN, infinite values and a head that does not match the labels.
+
+        Raises:
+            UserError: names the tensor.
+        """
+        for name, tensor in {**self.backbone, **self.head}.items():
+            if not np.isfinite(tensor).all():
+                raise UserError(f"{source}: tensor {name} has NaN or infinite values")
+        for name, axis in self.head_axes.items():
+            if name not in self.head or self.head[name].shape[axis] != 1 + len(self.labels):
+                raise UserError(f"{source}: head tensor {name} does not have 1 + {len(self.labels)} output channels")
