@@ -62,7 +62,7 @@ def task_vector(pretrained: Bundle, finetuned: Bundle, task: str = "") -> TaskVe
             f"{finetuned.path} was fine-tuned from {lineage.get('pretrained')} "
             f"({lineage['pretrained_sha256'][:12]}), not from {pretrained.path} ({pretrained_sha256[:12]})"
         )
-    return TaskVector(
+    vector = TaskVector(
         task=task or lineage.get("task") or "+".join(finetuned.labels),
         labels=finetuned.labels,
         label_map=finetuned.label_map,
@@ -72,13 +72,12 @@ def task_vector(pretrained: Bundle, finetuned: Bundle, task: str = "") -> TaskVe
         head_axes=head_axes,
         pretrained_name=pretrained.name,
         tool_version=__version__,
-        backbone={
-            name: (after[name].float() - tensor.float()).numpy()
-            for name, tensor in before.items()
-            if name not in head_axes and tensor.is_floating_point()
-        },
         head={name: canonical_head(after[name].float().numpy(), axis) for name, axis in head_axes.items()},
     )
+    for name, tensor in before.items():
+        if name not in head_axes and tensor.is_floating_point():
+            vector.set_delta(name, tensor.float().numpy(), after[name].float().numpy())
+    return vector
 
 
 def canonical_head(tensor: np.ndarray, axis: int) -> np.ndarray:

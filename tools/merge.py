@@ -148,8 +148,8 @@ def merged_backbone(
         parameters |= entry.prepare([vector.backbone for vector in vectors], **parameters)
     merged = {}
     for name in tqdm(vectors[0].backbone, desc=recipe.method, disable=None if progress else True, leave=False):
-        base = state[name].float().numpy()
-        delta = entry.function(base, [vector.backbone[name] for vector in vectors], **parameters)
+        base = state[name].double().numpy()
+        delta = entry.function(base, [vector.delta(name) for vector in vectors], **parameters)
         merged[name] = torch.from_numpy(np.ascontiguousarray(base + delta)).to(state[name].dtype).numpy()
     return merged
 

@@ -1,7 +1,9 @@
 """A task vector: what fine-tuning added to a starting point, with the head that it trained and its lineage.
 
 On disk it is one safetensors file. ``backbone/<name>`` holds finetuned - pretrained, ``head/<name>`` the whole head tensor
-in canonical form (background row zero); everything else is in the header.
+in canonical form (background row zero); everything else is in the header. A float32 difference cannot always give the
+specialist back: where it does not, ``remainder/<name>`` holds the rounding error of the subtraction, itself a float32, and
+``remainder_index/<name>`` the entries, so that pretrained + τ is the specialist bit for bit.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from safetensors.numpy import save_file
 from tools.errors import UserError
 
 FORMAT = "task-vector-1"
+TENSORS = ("backbone", "head", "remainder", "remainder_index")
 
 
 @dataclass
@@ -34,6 +37,8 @@ class TaskVector:
         head_axes: for each head tensor, the axis that counts output channels.
         backbone: τ by tensor name, float32.
         head: the trained head by tensor name, float32.
+        remainder: rounding errors of τ by tensor name, float32, at the flat positions ``remainder_index``.
+        remainder_index: see there.
         pretrained_name: what the starting point was called; for people.
         tool_version: of the tools that wrote it.
     """
@@ -49,12 +54,30 @@ class TaskVector:
     tool_version: str = ""
     backbone: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
     head: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    remainder: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    remainder_index: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+
+    def set_delta(self, name: str, pretrained: np.ndarray, finetuned: np.ndarray) -> None:
+        """Set τ of one tensor from both float32 weights, with the remainder that makes it exact."""
+        delta = finetuned - pretrained
+        self.backbone[name] = delta
+        index = np.flatnonzero((pretrained + delta).ravel() != finetuned.ravel())
+        if index.size:
+            exact = finetuned.astype(np.float64).ravel()[index] - pretrained.ravel()[index]
+            self.remainder[name] = (exact - delta.ravel()[index]).astype(np.float32)
+            self.remainder_index[name] = index.astype(np.int32 if delta.size < 2**31 else np.int64)
+
+    def delta(self, name: str) -> np.ndarray:
+        """τ of one tensor, exactly: float64, the stored difference and its remainder together."""
+        delta = self.backbone[name].astype(np.float64)
+        if name in self.remainder:
+            delta.ravel()[self.remainder_index[name]] += self.remainder[name]
+        return delta
 
     def save(self, path: str | Path) -> None:
         """Write the file. The same vector gives the same bytes."""
-        tensors = {f"backbone/{name}": tensor for name, tensor in self.backbone.items()}
-        tensors |= {f"head/{name}": tensor for name, tensor in self.head.items()}
-        facts = {name: value for name, value in vars(self).items() if name not in ("backbone", "head")}
+        tensors = {f"{part}/{name}": t for part in TENSORS for name, t in getattr(self, part).items()}
+        facts = {name: value for name, value in vars(self).items() if name not in TENSORS}
         save_file(tensors, path, metadata={"format": FORMAT, "facts": json.dumps(facts, sort_keys=True)})
 
     @classmethod
@@ -72,9 +95,11 @@ class TaskVector:
                 if header.get("format") != FORMAT:
                     raise UserError(f"{path} is a safetensors file, but not a task vector ({FORMAT})")
                 vector = cls(**json.loads(header["facts"]))
-                for key in file:
+                for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
                     part, _, name = key.partition("/")
-                    getattr(vector, {"backbone": "backbone", "head": "head"}[part])[name] = file.get_tensor(key)
+                    if part not in TENSORS:
+                        raise ValueError(f"unexpected tensor {key}")
+                    getattr(vector, part)[name] = file.get_tensor(key)
         except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
             raise UserError(f"{path} is damaged, or is not a task vector ({str(error).splitlines()[0]})") from None
         vector.check(path)
@@ -86,9 +111,13 @@ class TaskVector:
         Raises:
             UserError: names the tensor.
         """
-        for name, tensor in {**self.backbone, **self.head}.items():
+        for name, tensor in [*self.backbone.items(), *self.head.items(), *self.remainder.items()]:
             if not np.isfinite(tensor).all():
                 raise UserError(f"{source}: tensor {name} has NaN or infinite values")
+        for name, index in self.remainder_index.items():
+            size = self.backbone[name].size if name in self.backbone else 0
+            if index.size != self.remainder.get(name, index[:0]).size or (index < 0).any() or (index >= size).any():
+                raise UserError(f"{source}: the remainder of tensor {name} does not fit it")
         for name, axis in self.head_axes.items():
             if name not in self.head or self.head[name].shape[axis] != 1 + len(self.labels):
                 raise UserError(f"{source}: head tensor {name} does not have 1 + {len(self.labels)} output channels")

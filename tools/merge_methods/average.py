@@ -20,4 +20,4 @@ def average(pretrained: np.ndarray, deltas: Sequence[np.ndarray]) -> np.ndarray:
     Returns:
         The merged delta, of that shape.
     """
-    return np.add.reduce(deltas) / np.float32(len(deltas))
+    return np.add.reduce(deltas) / len(deltas)

@@ -25,5 +25,5 @@ def task_arithmetic(
     """
     merged = np.zeros_like(deltas[0])
     for delta, factor in zip(deltas, scales(scale, len(deltas)), strict=True):
-        merged += np.float32(factor) * delta
+        merged += factor * delta
     return merged

@@ -59,10 +59,10 @@ def ties(
         return np.zeros_like(deltas[0])
     thresholds = _thresholds or [_threshold(np.abs(delta).ravel(), density) for delta in deltas]
     per_task = isinstance(scale, list | tuple)
-    total, positive, negative = (np.zeros(deltas[0].shape, np.float32) for _ in range(3))
+    total, positive, negative = (np.zeros_like(deltas[0]) for _ in range(3))
     agreeing_up, agreeing_down = (np.zeros(deltas[0].shape, np.int16) for _ in range(2))
     for delta, threshold, factor in zip(deltas, thresholds, scales(scale, len(deltas)), strict=True):
-        kept = np.where(np.abs(delta) >= threshold, delta, np.float32(0)) * np.float32(factor if per_task else 1)
+        kept = np.where(np.abs(delta) >= threshold, delta, 0) * (factor if per_task else 1)
         total += kept
         positive += np.maximum(kept, 0)
         negative += np.minimum(kept, 0)
@@ -70,5 +70,5 @@ def ties(
         agreeing_down += kept < 0
     up = total > 0
     mean = np.where(up, positive, negative) / np.maximum(np.where(up, agreeing_up, agreeing_down), 1)
-    merged = np.where(total == 0, np.float32(0), mean)
-    return (merged if per_task else merged * np.float32(scale)).astype(deltas[0].dtype, copy=False)
+    merged = np.where(total == 0, 0, mean)
+    return (merged if per_task else merged * scale).astype(deltas[0].dtype, copy=False)

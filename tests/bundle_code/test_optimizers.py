@@ -1,0 +1,31 @@
+"""Decay towards the starting point equals AdamW on the task vector itself."""
+
+import torch
+
+from tools.bundle_code.optimizers import adamw
+
+
+def test_decay_to_start_equals_adamw_on_the_difference():
+    torch.manual_seed(0)
+    start, target = torch.randn(5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    net = torch.nn.Module()
+    net.backbone, net.head = torch.nn.Parameter(start.clone()), torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+    ours = adamw(net, ["head"], 0.01, 0.1, 0.1, 0.01, pretrained={"backbone": start})
+    delta = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    theirs = torch.optim.AdamW([delta], lr=0.01, weight_decay=0.1)
+    for _ in range(20):
+        for optimizer, weights in ((ours, lambda: net.backbone), (theirs, lambda: start + delta)):
+            optimizer.zero_grad()
+            ((weights() - target) ** 2).sum().add(net.head.square().sum()).backward()
+            optimizer.step()
+    torch.testing.assert_close(net.backbone.detach() - start, delta.detach(), rtol=1e-9, atol=1e-12)
+    assert net.head[0] < 1  # the head has its own rate and decays to zero
+
+
+def test_frozen_parameters_do_not_decay():
+    net = torch.nn.Module()
+    net.backbone, net.head = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
+    optimizer = adamw(net, ["head"], 0.1, 0.1, 0.5, 0.0, pretrained={"backbone": torch.zeros(3)})
+    net.head.sum().backward()
+    optimizer.step()
+    assert torch.equal(net.backbone, torch.ones(3))

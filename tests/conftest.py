@@ -1,0 +1,96 @@
+"""Fixtures: simulated data, and one small chain of trained bundles that many tests look at."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+QUICK = {"width": 8, "patch_size": "[32, 32, 32]", "patches_per_volume": 4, "max_epochs": 2, "val_interval": 1}
+
+
+def run(
+    *words: object, cwd: Path | str | None = None, check: bool = True, **environment: str
+) -> subprocess.CompletedProcess:
+    """Run ``python -m …`` as a user does, from another working directory than the project's."""
+    result = subprocess.run(
+        [sys.executable, "-m", *map(str, words)],
+        cwd=cwd or "/",
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    if check and result.returncode:
+        raise AssertionError(
+            f"{words} failed with {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
+        )
+    return result
+
+
+def train(bundle: Path, *extra: object, check: bool = True, config: object = None) -> subprocess.CompletedProcess:
+    """Train a bundle through ``python -m monai.bundle`` without the project on the path."""
+    config = config or bundle / "configs" / "train.json"
+    words = ["monai.bundle", "run", "--config_file", config, "--bundle_root", bundle, *extra]
+    return run(*words, check=check, PYTHONPATH="")
+
+
+@dataclass
+class Chain:
+    """A starting point, two specialists, their task vectors and a merged bundle, all tiny."""
+
+    root: Path
+    dataset: Path
+    pretrain: Path
+    specialists: dict[str, Path]
+    vectors: dict[str, Path]
+    merged: Path
+
+
+@pytest.fixture(scope="session")
+def phantom_dataset(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "Dataset001_Phantom"
+    run("tools", "phantom", "--output", folder, "--cases", 4, "--population", "portal")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory, phantom_dataset) -> Chain:
+    root = tmp_path_factory.mktemp("chain")
+    pretrain = root / "pretrain"
+    labels = "{liver: liver, spleen: spleen, vertebrae: vertebrae}"
+    run(
+        "tools", "new_pretraining", "--bundle", ROOT / "bundles" / "pretrain_amos", "--dataset_dir", phantom_dataset,
+        "--output", pretrain, "--overlay", "small", "--labels", labels,
+    )  # fmt: skip
+    for config in ("train.json", "inference.json"):
+        path = pretrain / "configs" / config
+        text = path.read_text().replace('"width": 16', '"width": 8').replace("[48, 48, 48]", "[32, 32, 32]")
+        path.write_text(text)
+    train(pretrain, *[word for key in ("patches_per_volume", "max_epochs") for word in (f"--{key}", QUICK[key])])
+    specialists, vectors = {}, {}
+    for task in ("liver", "spleen"):
+        specialists[task], vectors[task] = root / task, root / f"{task}.safetensors"
+        run(
+            "tools", "new_task", "--pretrained", pretrain, "--dataset_dir", phantom_dataset, "--task", task,
+            "--output", specialists[task], "--overlay", "small",
+        )  # fmt: skip
+        train(specialists[task], "--max_epochs", 2, "--frozen_epochs", 1, "--patches_per_volume", 4)
+        run("tools", "diff", "--pretrained", pretrain, "--finetuned", specialists[task], "--output", vectors[task])
+    merged = root / "merged"
+    files = ",".join(map(str, vectors.values()))
+    run("tools", "merge", "--pretrained", pretrain, "--vectors", files, "--output", merged)
+    return Chain(root, phantom_dataset, pretrain, specialists, vectors, merged)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    folder = os.environ.get("REAL_DATA_DIR")
+    if not folder:
+        pytest.skip("REAL_DATA_DIR is not set: it names a folder of real nnU-Net datasets")
+    return Path(folder)

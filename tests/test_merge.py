@@ -1,0 +1,282 @@
+"""diff and merge on trained bundles: exactness, lineage, refusals, and nothing half-written."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.numpy import load_file, save_file
+
+from tests.conftest import ROOT, run
+from tools.bundle import Bundle
+from tools.errors import UserError
+from tools.merge import stacked_head
+from tools.task_vector import TaskVector
+
+
+def logits(bundle, x):
+    bundle = Bundle(bundle)
+    with bundle.code(), torch.inference_mode():
+        network = bundle.parser().get_parsed_content("network_def")
+        network.load_state_dict(bundle.state())
+        return network.eval()(x)
+
+
+@pytest.fixture(scope="module")
+def image():
+    return torch.rand(1, 1, 24, 24, 24, generator=torch.Generator().manual_seed(0))
+
+
+def merge(chain, output, tasks, *flags, check=True):
+    vectors = ",".join(str(chain.vectors[task]) for task in tasks)
+    return run(
+        "tools", "merge", "--pretrained", chain.pretrain, "--vectors", vectors, "--output", output, *flags, check=check
+    )
+
+
+def test_one_vector_at_scale_one_is_the_specialist(chain, tmp_path, image):
+    merge(chain, tmp_path / "m", ["liver"], "--method", "task_arithmetic", "--scale", 1)
+    merged, specialist = Bundle(tmp_path / "m").state(), Bundle(chain.specialists["liver"]).state()
+    assert all(torch.equal(merged[name], specialist[name]) for name in specialist)  # bit for bit, so predictions too
+    assert torch.equal(logits(tmp_path / "m", image), logits(chain.specialists["liver"], image))
+
+
+def test_scale_zero_is_the_starting_point_with_the_new_heads(chain, tmp_path):
+    merge(chain, tmp_path / "m", ["liver", "spleen"], "--method", "task_arithmetic", "--scale", 0)
+    before, after = Bundle(chain.pretrain).state(), Bundle(tmp_path / "m").state()
+    assert all(torch.equal(before[name], after[name]) for name in before if not name.startswith("head."))
+    heads = [Bundle(chain.specialists[task]).state()["head.weight"][1:] for task in ("liver", "spleen")]
+    assert torch.equal(after["head.weight"], torch.cat([torch.zeros(1, 8, 1, 1, 1), *heads]))
+
+
+def test_average_is_the_mean_of_the_specialists(chain):
+    state = Bundle(chain.merged).state()
+    specialists = [Bundle(folder).state() for folder in chain.specialists.values()]
+    for name in state:
+        if not name.startswith("head."):
+            torch.testing.assert_close(state[name], sum(s[name] for s in specialists) / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_stacked_heads_keep_every_tasks_own_logits(chain, image):
+    """With one backbone, the merged head gives each specialist's logits, channel by channel."""
+    heads = [np.random.default_rng(i).standard_normal((1 + i, 8, 1, 1, 1)).astype(np.float32) for i in (1, 2)]
+    for head in heads:
+        head[0] = 0
+    features = np.random.default_rng(0).standard_normal((8, 100)).astype(np.float32)
+    stacked = stacked_head(heads, 0)[..., 0, 0, 0] @ features
+    separate = [(head[1:, :, 0, 0, 0] @ features) for head in heads]
+    np.testing.assert_allclose(stacked, np.concatenate([np.zeros((1, 100)), *separate]), rtol=1e-6)
+
+
+def test_merged_bundle_records_where_it_comes_from(chain, tmp_path):
+    metadata = Bundle(chain.merged).metadata
+    assert metadata["network_data_format"]["outputs"]["pred"]["channel_def"] == {
+        "0": "background",
+        "1": "liver",
+        "2": "spleen",
+    }
+    lineage = metadata["lineage"]
+    assert lineage["method"] == "average"
+    assert [v["task"] for v in lineage["vectors"]] == ["liver", "spleen"]
+    assert lineage["pretrained_sha256"] == TaskVector.load(chain.vectors["liver"]).pretrained_sha256
+    recipe = yaml.safe_load((chain.merged / "docs" / "recipe.yaml").read_text())
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(recipe))
+    run("tools", "merge", "--recipe", tmp_path / "again.yaml", "--output", tmp_path / "again")
+    assert (tmp_path / "again/models/model.pt").read_bytes() == (chain.merged / "models/model.pt").read_bytes()
+
+
+def test_inspect_reads_all_of_them(chain):
+    text = run("tools", "inspect", chain.merged, *chain.vectors.values(), "--json").stdout
+    facts = json.loads(text)
+    assert [item["kind"] for item in facts["items"]] == ["bundle", "task vector", "task vector"]
+    assert facts["conflicts"]["tasks"] == ["liver", "spleen"]
+    assert facts["conflicts"]["cosine"][0][0] == pytest.approx(1, abs=1e-5)
+    assert 0 < facts["conflicts"]["sign_conflict"][0][1] < 1
+    assert "cosine between task vectors" in run("tools", "inspect", *chain.vectors.values()).stdout
+
+
+def refused(result, *words):
+    """One clear line, exit code 1, no traceback."""
+    assert result.returncode == 1, result.stdout + result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+def changed(chain, tmp_path, change):
+    """A copy of the liver vector with something changed."""
+    tensors = load_file(chain.vectors["liver"])
+    from safetensors import safe_open
+
+    with safe_open(chain.vectors["liver"], framework="numpy") as file:
+        metadata = dict(file.metadata())
+    change(tensors, metadata)
+    save_file(tensors, tmp_path / "changed.safetensors", metadata=metadata)
+    return tmp_path / "changed.safetensors"
+
+
+def test_vectors_of_another_starting_point_are_refused(chain, tmp_path):
+    def other(tensors, metadata):
+        facts = json.loads(metadata["facts"])
+        facts.update(pretrained_sha256="0" * 64, pretrained_name="elsewhere")
+        metadata["facts"] = json.dumps(facts)
+
+    path = changed(chain, tmp_path, other)
+    arguments = ["tools", "merge", "--pretrained", chain.pretrain, "--vectors", f"{path},{chain.vectors['spleen']}"]
+    result = run(*arguments, "--output", tmp_path / "m", check=False)
+    refused(result, "changed.safetensors", "another starting point", "elsewhere 000000000000")
+    assert os.listdir(tmp_path) == ["changed.safetensors"]
+    run(*arguments, "--output", tmp_path / "m", "--other_start")
+    assert (tmp_path / "m/models/model.pt").is_file()
+
+
+def test_damaged_vectors_are_refused(chain, tmp_path):
+    whole = chain.vectors["liver"].read_bytes()
+    header = int.from_bytes(whole[:8], "little")
+    for content, words in (
+        (whole[: len(whole) // 2], ["is damaged"]),
+        (b"\xff" * 8 + whole[8:], ["is damaged"]),
+        (b"", ["is damaged"]),
+        (b"not a tensor file", ["is damaged"]),
+        (whole[:8] + b"{" * header + whole[8 + header :], ["is damaged"]),
+    ):
+        (tmp_path / "bad.safetensors").write_bytes(content)
+        arguments = [
+            "--pretrained",
+            chain.pretrain,
+            "--vectors",
+            tmp_path / "bad.safetensors",
+            "--output",
+            tmp_path / "m",
+        ]
+        refused(run("tools", "merge", *arguments, check=False), "bad.safetensors", *words)
+    save_file({"x": np.zeros(3)}, tmp_path / "plain.safetensors")
+    with pytest.raises(UserError, match="not a task vector"):
+        TaskVector.load(tmp_path / "plain.safetensors")
+
+    def nan(tensors, metadata):
+        tensors["backbone/encoders.0.basic_module.conv1.bias"][3] = np.nan
+
+    with pytest.raises(UserError, match=r"encoders.0.basic_module.conv1.bias has NaN"):
+        TaskVector.load(changed(chain, tmp_path, nan))
+    assert sorted(os.listdir(tmp_path)) == ["bad.safetensors", "changed.safetensors", "plain.safetensors"]
+
+
+class Hostile:
+    def __reduce__(self):
+        return (os.system, ("touch /tmp/this-must-not-exist",))
+
+
+def test_damaged_and_hostile_checkpoints_are_refused(chain, tmp_path):
+    bundle = tmp_path / "start"
+    shutil.copytree(chain.pretrain, bundle)
+    model = bundle / "models" / "model.pt"
+    whole = model.read_bytes()
+    state = Bundle(chain.pretrain).state()
+
+    def attempt(*words):
+        arguments = ["--pretrained", bundle, "--vectors", chain.vectors["liver"], "--output", tmp_path / "m"]
+        refused(run("tools", "merge", *arguments, check=False), *words)
+        assert not (tmp_path / "m").exists()
+
+    model.write_bytes(whole[: len(whole) // 2])
+    attempt("model.pt", "not a readable file of weights")
+    torch.save({**state, "evil": Hostile()}, model)
+    attempt("model.pt", "not a readable file of weights")
+    assert not os.path.exists("/tmp/this-must-not-exist")
+    torch.save({**state, "head.bias": state["head.bias"] * float("nan")}, model)
+    attempt("head.bias has NaN")
+    torch.save({name: tensor for name, tensor in state.items() if "decoders.2" not in name}, model)
+    attempt("another starting point")
+    model.unlink()
+    attempt("model.pt not found")
+
+
+def test_two_vectors_of_one_organ_are_refused(chain, tmp_path):
+    refused(merge(chain, tmp_path / "m", ["liver", "liver"], check=False), "both", "label 'liver'")
+
+
+def test_existing_output_is_kept_unless_told_otherwise(chain, tmp_path):
+    refused(merge(chain, chain.merged, ["liver"], check=False), "exists", "--overwrite")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    refused(merge(chain, tmp_path / "mine", ["liver"], "--overwrite", check=False), "not a bundle")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_an_unknown_flag_is_refused_before_anything_happens(chain, tmp_path):
+    refused(merge(chain, tmp_path / "m", ["liver"], "--sclae", 0.5, check=False), "--sclae", "did you mean 'scale'")
+    refused(merge(chain, tmp_path / "m", ["liver"], "--method", "ties", "--density", 7, check=False), "density")
+    refused(run("tools", "merg", check=False), "did you mean 'merge'")
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_merge_leaves_the_old_output_untouched(chain, tmp_path, stop):
+    output = tmp_path / "merged"
+    shutil.copytree(chain.merged, output)
+    before = {p.relative_to(output): p.read_bytes() for p in sorted(output.rglob("*")) if p.is_file()}
+    vectors = ",".join(map(str, chain.vectors.values()))
+    words = ["merge", "--pretrained", chain.pretrain, "--vectors", vectors, "--output", output, "--overwrite"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tools", *map(str, words)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.time() + 120
+    while not list(tmp_path.glob(".merged.*.partial")) and time.time() < deadline and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(stop)
+    assert process.wait(60) in (130, 143)
+    assert {p.relative_to(output): p.read_bytes() for p in sorted(output.rglob("*")) if p.is_file()} == before
+    assert os.listdir(tmp_path) == ["merged"]
+
+
+def test_a_full_disk_is_one_line_and_nothing_is_left(chain, tmp_path, monkeypatch):
+    from tools import task_vector
+    from tools.diff import diff
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(task_vector, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        diff(str(chain.pretrain), str(chain.specialists["liver"]), str(tmp_path / "v.safetensors"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_diff_refuses_another_network_and_another_start(chain, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(chain.pretrain, other)
+    state = Bundle(other).state()
+    state["encoders.0.basic_module.conv1.bias"] += 1
+    torch.save(state, other / "models/model.pt")
+    arguments = ["--finetuned", chain.specialists["liver"], "--output", tmp_path / "v.safetensors"]
+    refused(run("tools", "diff", "--pretrained", other, *arguments, check=False), "was fine-tuned from pretrain")
+    state["encoders.0.basic_module.conv1.bias"] = torch.zeros(3)
+    torch.save(state, other / "models/model.pt")
+    refused(run("tools", "diff", "--pretrained", other, *arguments, check=False), "not the same network", "conv1.bias")
+
+
+def test_the_same_diff_gives_the_same_bytes(chain, tmp_path):
+    run(
+        "tools",
+        "diff",
+        "--pretrained",
+        chain.pretrain,
+        "--finetuned",
+        chain.specialists["liver"],
+        "--output",
+        tmp_path / "v",
+    )
+    assert (tmp_path / "v").read_bytes() == chain.vectors["liver"].read_bytes()
