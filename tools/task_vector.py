@@ -3,7 +3,8 @@
 On disk it is one safetensors file. ``backbone/<name>`` holds finetuned - pretrained, ``head/<name>`` the whole head tensor
 in canonical form (background row zero); everything else is in the header. A float32 difference cannot always give the
 specialist back: where it does not, ``remainder/<name>`` holds the rounding error of the subtraction, itself a float32, and
-``remainder_index/<name>`` the entries, so that pretrained + τ is the specialist bit for bit.
+``remainder_index/<name>`` the entries, so that pretrained + τ is the specialist bit for bit
+(unless a weight changed its magnitude by more than 2**29).
 """
 
 from __future__ import annotations

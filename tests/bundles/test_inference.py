@@ -1,0 +1,162 @@
+"""The merged bundle as clinicians' software runs it: any format, any orientation, copied alone, strict about weights."""
+
+import shutil
+
+import nibabel
+import numpy as np
+import pytest
+
+from tests.conftest import ROOT, run
+
+
+def infer(bundle, images, output, *extra, check=True):
+    words = ["--config_file", bundle / "configs" / "inference.json", "--bundle_root", bundle, "--dataset_dir", images]
+    return run("monai.bundle", "run", *words, "--output_dir", output, *extra, check=check, PYTHONPATH="")
+
+
+@pytest.fixture(scope="module")
+def alone(chain, tmp_path_factory):
+    """The merged bundle, copied alone to an empty folder."""
+    folder = tmp_path_factory.mktemp("empty") / "merged"
+    shutil.copytree(chain.merged, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ras(chain):
+    return nibabel.load(chain.dataset / "imagesTr" / "phantom_000_0000.nii.gz")
+
+
+def test_orientations_and_formats_give_the_same_label_map_in_their_own_geometry(alone, ras, tmp_path):
+    import itk
+
+    images = tmp_path / "images"
+    images.mkdir()
+    data = np.asarray(ras.dataobj)
+    nibabel.save(ras, images / "ras.nii.gz")
+    for name, codes in (("lps", "LPS"), ("psr", "PSR")):
+        turn = nibabel.orientations.ornt_transform(
+            nibabel.io_orientation(ras.affine), nibabel.orientations.axcodes2ornt(codes)
+        )
+        nibabel.save(ras.as_reoriented(turn), images / f"{name}.nii.gz")
+    volume = itk.image_from_array(np.ascontiguousarray(data.T))
+    volume.SetSpacing([4.0, 4.0, 4.0])
+    volume.SetDirection(np.diag([-1.0, -1.0, 1.0]))  # RAS voxels in ITK's LPS world
+    volume.SetOrigin((ras.affine[:3, 3] * [-1, -1, 1]).tolist())
+    itk.imwrite(volume, str(images / "mha.mha"))
+    itk.imwrite(volume, str(images / "nrrd.nrrd"))
+    series = images / "dicom"
+    series.mkdir()
+    _write_dicom(itk, volume, series)
+
+    infer(alone, images, tmp_path / "out")
+    found = {p.name.split("_seg")[0]: nibabel.load(p) for p in (tmp_path / "out").glob("*.nii.gz")}
+    assert sorted(found) == ["dicom", "lps", "mha", "nrrd", "psr", "ras"]
+    reference = np.asarray(found["ras"].dataobj)
+    assert found["ras"].get_data_dtype() == np.uint8
+    assert {1, 2} >= set(np.unique(reference)) - {0} != set()
+    for name, label_map in found.items():
+        if name in ("lps", "psr"):
+            original = nibabel.load(images / f"{name}.nii.gz")
+            assert label_map.shape == original.shape
+            np.testing.assert_allclose(label_map.affine, original.affine, atol=1e-4)
+        upright = nibabel.as_closest_canonical(label_map)
+        np.testing.assert_allclose(upright.affine, ras.affine, atol=1e-3)
+        assert np.mean(np.asarray(upright.dataobj) == reference) > 0.999, name
+
+
+def _write_dicom(itk, volume, folder):
+    """A CT series with one file per slice."""
+    reader = itk.GDCMImageIO.New()
+    reader.KeepOriginalUIDOn()
+    slices = volume.GetLargestPossibleRegion().GetSize()[2]
+    array, origin = itk.array_from_image(volume), np.array(volume.GetOrigin())
+    for i in range(slices):
+        flat = itk.image_from_array(np.ascontiguousarray(array[i : i + 1]).astype(np.int16))
+        flat.SetSpacing([4.0, 4.0, 4.0])
+        flat.SetDirection(volume.GetDirection())
+        flat.SetOrigin(np.add(origin, [0, 0, 4.0 * i]).tolist())
+        tags = flat.GetMetaDataDictionary()
+        for key, value in {
+            "0008|0060": "CT", "0008|0016": "1.2.840.10008.5.1.4.1.1.2", "0020|000d": "1.2.3.1", "0020|000e": "1.2.3.2",
+            "0020|0052": "1.2.3.3", "0008|0018": f"1.2.3.4.{i}", "0020|0013": str(i), "0028|1052": "0", "0028|1053": "1",
+        }.items():  # fmt: skip
+            tags[key] = value
+        writer = itk.ImageFileWriter.New(flat, FileName=str(folder / f"{i:03d}.dcm"))
+        writer.SetImageIO(reader)
+        writer.UseInputMetaDataDictionaryOff()
+        reader.SetMetaDataDictionary(tags)
+        writer.Update()
+
+
+def test_the_shipped_copy_says_that_it_has_no_weights(tmp_path, chain):
+    result = infer(ROOT / "bundles" / "merged_inference", chain.dataset, tmp_path / "out", check=False)
+    assert result.returncode != 0
+    assert "has no weights" in result.stderr
+    assert "python -m tools merge" in result.stderr
+    assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
+
+
+def test_missing_images_are_named(alone, tmp_path):
+    for folder, message in ((tmp_path / "nowhere", "not found"), (tmp_path, "no image in")):
+        result = infer(alone, folder, tmp_path / "out", check=False)
+        assert result.returncode != 0
+        assert message in result.stderr
+
+
+def test_bfloat16_and_float32_agree(alone, chain, tmp_path):
+    image = chain.dataset / "imagesTr" / "phantom_001_0000.nii.gz"
+    maps = []
+    for precision in ("bfloat16", "float32"):
+        infer(alone, image, tmp_path / precision, "--precision", precision)
+        maps.append(np.asarray(nibabel.load(next((tmp_path / precision).glob("*.nii.gz"))).dataobj))
+    assert np.mean(maps[0] == maps[1]) > 0.995
+
+
+def test_label_map_is_the_plain_argmax_of_sliding_window_logits(alone, chain, tmp_path):
+    """Against MONAI's own inferer and a hand-written rule: largest positive margin, else background."""
+    import torch
+    from monai.inferers import SlidingWindowInferer
+    from monai.transforms import ScaleIntensityRangePercentiles
+
+    from tools.bundle import Bundle
+
+    path = chain.dataset / "imagesTr" / "phantom_002_0000.nii.gz"
+    infer(alone, path, tmp_path / "out", "--precision", "float32")
+    ours = np.asarray(nibabel.load(next((tmp_path / "out").glob("*.nii.gz"))).dataobj)
+    image = torch.from_numpy(nibabel.load(path).get_fdata(dtype=np.float32))[None]
+    image = ScaleIntensityRangePercentiles(0.5, 99.5, 0, 1, clip=True)(image)
+    bundle = Bundle(alone)
+    with bundle.code(), torch.inference_mode():
+        network = bundle.parser().get_parsed_content("network_def")
+        network.load_state_dict(bundle.state())
+        window = bundle.resolved("patch_size")
+        logits = SlidingWindowInferer(window, 4, overlap=0.5, mode="gaussian")(image[None], network.eval())[0, 1:]
+    best, organ = logits.max(0)
+    rule = torch.where(best > 0, organ + 1, 0).numpy()
+    assert np.mean(ours == rule) > 0.9999
+
+
+def test_verify_net_in_out_and_export_of_a_merged_bundle(alone):
+    configs = ["--meta_file", "configs/metadata.json", "--config_file", "configs/inference.json"]
+    run("monai.bundle", "verify_net_in_out", "--net_id", "network_def", *configs, cwd=alone, PYTHONPATH="")
+    words = ["--net_id", "network_def", "--ckpt_file", "models/model.pt", "--filepath", "eval/model.ts"]
+    (alone / "eval").mkdir(exist_ok=True)
+    run("monai.bundle", "ckpt_export", *words, *configs, cwd=alone, PYTHONPATH="")
+    assert (alone / "eval" / "model.ts").is_file()
+
+
+def test_real_files_of_other_formats(alone, real_data, tmp_path):
+    """A DICOM series beside a DICOM segmentation, NRRD and MetaImage from real scanners."""
+    import itk
+
+    for folder in ("dicom_ct_3slice", "mha_ct_lung"):
+        infer(alone, real_data / "readers" / folder, tmp_path / folder)
+    dicom = nibabel.load(next((tmp_path / "dicom_ct_3slice").glob("*.nii.gz")))
+    assert dicom.shape == (512, 512, 3)
+    assert len(list((tmp_path / "dicom_ct_3slice").iterdir())) == 1
+    source = itk.imread(str(next((real_data / "readers" / "mha_ct_lung").iterdir())))
+    assert nibabel.load(next((tmp_path / "mha_ct_lung").glob("*.nii.gz"))).shape == tuple(itk.size(source))
+    infer(alone, real_data / "readers" / "nrrd_mr_breast" / "breast1_image.nrrd", tmp_path / "nrrd")
+    source = itk.imread(str(real_data / "readers" / "nrrd_mr_breast" / "breast1_image.nrrd"))
+    assert nibabel.load(next((tmp_path / "nrrd").glob("*.nii.gz"))).shape == tuple(itk.size(source))
