@@ -209,7 +209,7 @@ def test_existing_output_is_kept_unless_told_otherwise(chain, tmp_path):
     refused(merge(chain, chain.merged, ["liver"], check=False), "exists", "--overwrite")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    refused(merge(chain, tmp_path / "mine", ["liver"], "--overwrite", check=False), "not a bundle")
+    refused(merge(chain, tmp_path / "mine", ["liver"], "--overwrite", check=False), "not an older output")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 

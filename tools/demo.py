@@ -62,6 +62,7 @@ def demo(
     overlay: str = "small",
     pretrain_epochs: int = 0,
     finetune_epochs: int = 0,
+    patch_size: int = 0,
     seed: int = 0,
 ) -> None:
     """Run the whole chain and write a table (Dice per task) and one picture per test case. A stopped run goes on.
@@ -76,6 +77,7 @@ def demo(
         overlay: overlay of the training bundles, "small" for two CPU cores; "" for full size.
         pretrain_epochs: other than the overlay's.
         finetune_epochs: other than the overlay's.
+        patch_size: edge of the training patches and inference windows, voxels, other than the overlay's.
         seed: of the phantom, the split and the training.
     """
     root = Path(output)
@@ -94,6 +96,7 @@ def demo(
             dataset_dir=cohorts.pretrain,
             output=start,
             overlay=overlay,
+            **({"patch_size": patch_size} if patch_size else {}),
         ),
     )
     epochs = {"max_epochs": pretrain_epochs} if pretrain_epochs else {}

@@ -72,7 +72,7 @@ def evaluate(
         raise UserError("the bundles' folders must have different names")
     renamed = parse_channels(labels) or {}
     cases = _cases(dataset_dir, part, split_file, fold)
-    with complete_output(output, overwrite) as folder:
+    with complete_output(output, overwrite, sign="summary.json") as folder:
         scores: list[Score] = []
         for b in bundles:
             scores += score_bundle(b, dataset_dir, cases, folder / "label_maps" / b.name, renamed)
@@ -85,8 +85,6 @@ def evaluate(
         if overlays:
             for name, case in cases.items():
                 _draw(folder, bundles, name, case, dataset_dir, renamed)
-        (folder / "configs").mkdir()
-        (folder / "configs" / "metadata.json").write_text("{}")
     for b in bundles:
         means = summary[b.name]
         print(

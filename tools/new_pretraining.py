@@ -12,7 +12,13 @@ from tools.output import complete_output
 
 
 def new_pretraining(
-    bundle: str, dataset_dir: str, output: str, labels: object = "all", overlay: str = "", overwrite: bool = False
+    bundle: str,
+    dataset_dir: str,
+    output: str,
+    labels: object = "all",
+    overlay: str = "",
+    patch_size: int = 0,
+    overwrite: bool = False,
 ) -> None:
     """Copy a pre-training bundle and make it fit the labels of an nnU-Net dataset.
 
@@ -22,6 +28,7 @@ def new_pretraining(
         output: folder of the new bundle.
         labels: "all", or a dictionary of channel names and labels: "{kidneys: [2, 3], liver: liver}".
         overlay: overlays of the bundle to write into its configs, for example "stable" or "small,stable".
+        patch_size: edge of the training patches and inference windows, voxels, other than the bundle's.
         overwrite: replace the output if it exists.
     """
     from tools.bundle_code.nnunet_data import read_labels
@@ -41,6 +48,8 @@ def new_pretraining(
         set_labels(folder, label_map)
         set_values(folder, {"dataset_dir": str(Path(dataset_dir).resolve())})
         apply_overlays(folder, overlay)
+        if patch_size:
+            set_values(folder, {"patch_size": [patch_size] * 3})
         dataset = read_json(Path(dataset_dir) / "dataset.json").get("name", Path(dataset_dir).name)
         update_metadata(folder, data_source=f"nnU-Net dataset {dataset}; not distributed with the bundle")
     print(f"{output}: {len(label_map)} labels ({', '.join(label_map)})")

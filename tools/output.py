@@ -12,19 +12,24 @@ from tools.errors import UserError
 
 
 @contextmanager
-def complete_output(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def complete_output(path: str | Path, overwrite: bool = False, sign: str = "configs/metadata.json") -> Iterator[Path]:
     """A temporary path to write a file or a folder to; it takes the name ``path`` when the block ends without an error.
 
     When the block fails or is interrupted, what was written is removed and an older output stays as it was.
 
+    Args:
+        path: where the output goes.
+        overwrite: replace an older output.
+        sign: the file by which an older output folder is known to be one, and not somebody's documents.
+
     Raises:
-        UserError: ``path`` exists and ``overwrite`` is not set, or is a folder that these tools did not make.
+        UserError: ``path`` exists and ``overwrite`` is not set, or is a folder without the sign.
     """
     path = Path(path)
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists; choose another --output, or add --overwrite")
-    if path.is_dir() and any(path.iterdir()) and not (path / "configs" / "metadata.json").is_file():
-        raise UserError(f"{path} is a folder that is not a bundle; it is not overwritten")
+    if path.is_dir() and any(path.iterdir()) and not (path / sign).is_file():
+        raise UserError(f"{path} is a folder without {sign}, so not an older output; it is not overwritten")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")

@@ -90,7 +90,7 @@ def phantom(
 
     if population not in POPULATIONS:
         raise UserError(f"no population {population!r}; there are {', '.join(POPULATIONS)}")
-    with complete_output(output, overwrite) as folder:
+    with complete_output(output, overwrite, sign="dataset.json") as folder:
         names = [("Tr", f"phantom_{i:03d}") for i in range(cases)]
         names += [("Ts", f"phantom_{i:03d}") for i in range(cases, cases + test_cases)]
         for i, (part, name) in enumerate(tqdm(names, desc="phantom", disable=None, leave=False)):
@@ -106,8 +106,6 @@ def phantom(
             "file_ending": ".nii.gz",
         }
         (folder / "dataset.json").write_text(json.dumps(description, indent=4))
-        (folder / "configs").mkdir()
-        (folder / "configs" / "metadata.json").write_text("{}")
     print(f"{output}: {cases} labelled cases" + (f", {test_cases} test cases" if test_cases else ""))
 
 

@@ -28,7 +28,7 @@ class DiceBCELoss(nn.Module):
         self.dice = DiceLoss(sigmoid=True, smooth_nr=1.0, smooth_dr=1.0, reduction="none")
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        logits, target = _plain(logits)[:, 1:], _plain(target)
+        logits, target = _plain(logits)[:, 1:].contiguous(), _plain(target)  # one layout for both: channels first
         organs = torch.arange(1, logits.shape[1] + 1, device=target.device).view(1, -1, *[1] * (target.ndim - 2))
         target = (target == organs).to(logits.dtype)
         dice = self.dice(logits, target).flatten(2).mean(2)

@@ -1,0 +1,55 @@
+"""What counts as an image in a folder."""
+
+import pytest
+
+from tools.bundle_code.images import image_series, list_images
+
+
+def touch(folder, *names):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).touch()
+    return folder
+
+
+def names(images):
+    return [i["image"].rsplit("/", 1)[1] if isinstance(i["image"], str) else len(i["image"]) for i in images]
+
+
+def test_files_of_every_format_and_nothing_else(tmp_path):
+    folder = touch(tmp_path, "b.nii.gz", "a.nrrd", "c.mha", "notes.txt", "._b.nii.gz", "d.nii")
+    (folder / "empty").mkdir()
+    assert names(list_images(folder)) == ["a.nrrd", "b.nii.gz", "c.mha", "d.nii"]
+    assert names(list_images(folder / "c.mha")) == ["c.mha"]
+
+
+def test_an_nnunet_dataset_gives_its_test_images(tmp_path):
+    touch(tmp_path, "dataset.json")
+    touch(tmp_path / "imagesTr", "a_0000.nii.gz")
+    assert names(list_images(tmp_path)) == ["a_0000.nii.gz"]
+    touch(tmp_path / "imagesTs", "b_0000.nii.gz")
+    assert names(list_images(tmp_path)) == ["b_0000.nii.gz"]
+
+
+def test_channels_are_grouped_by_case(tmp_path):
+    touch(tmp_path, "a_0000.nii.gz", "a_0001.nii.gz", "b_0000.nii.gz", "b_0001.nii.gz")
+    assert names(list_images(tmp_path, channels=2)) == [2, 2]
+    (tmp_path / "b_0001.nii.gz").unlink()
+    with pytest.raises(FileNotFoundError, match=r"case b has channels \[0\], the network needs 0 to 1"):
+        list_images(tmp_path, channels=2)
+
+
+def test_empty_and_missing_folders_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no image in"):
+        list_images(tmp_path)
+    with pytest.raises(FileNotFoundError, match="not found: --dataset_dir must name"):
+        list_images(tmp_path / "x")
+
+
+def test_a_dicom_segmentation_beside_the_slices_is_passed_over(real_data):
+    folder = real_data / "readers" / "dicom_ct_3slice"
+    assert [path.rsplit("/", 1)[1] for path in image_series(folder)] in (
+        ["01.dcm", "02.dcm", "03.dcm"],
+        ["03.dcm", "02.dcm", "01.dcm"],
+    )
+    assert list_images(folder) == [{"image": str(folder)}]

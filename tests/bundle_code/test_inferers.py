@@ -1,0 +1,42 @@
+"""Mixed precision through an inferer: close to float32, float32 out, and any other inferer inside."""
+
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.inferers import SlidingWindowInferer
+
+from tools.bundle_code.inferers import MixedPrecisionInferer
+from tools.bundle_code.residual_unet import ResidualUNet3D
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return ResidualUNet3D(out_channels=3, width=8, dropout=0.0).eval()
+
+
+@pytest.mark.parametrize("inner", [None, SlidingWindowInferer(16, 2, overlap=0.5, mode="gaussian")])
+def test_bfloat16_is_close_to_float32(network, inner):
+    x = MetaTensor(torch.rand(1, 1, 24, 20, 28))
+    with torch.no_grad():
+        half, full = (MixedPrecisionInferer(inner, precision)(x, network) for precision in ("bfloat16", "float32"))
+        plain = inner(x.as_tensor(), network) if inner else network(x.as_tensor())
+    torch.testing.assert_close(full, plain, rtol=1e-4, atol=1e-5)
+    assert half.dtype == torch.float32
+    assert not torch.equal(half, full)
+    assert (half - full).norm() < 0.05 * full.norm()
+
+
+def test_gradients_flow_in_bfloat16(network):
+    x = torch.rand(1, 1, 24, 24, 24)
+    grads = []
+    for precision in ("bfloat16", "float32"):
+        network.zero_grad()
+        MixedPrecisionInferer(precision=precision)(x, network).square().mean().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in network.parameters()]).double())
+    assert torch.nn.functional.cosine_similarity(*grads, dim=0) > 0.99
+
+
+def test_other_precisions_are_refused():
+    with pytest.raises(ValueError, match="'bfloat16' or 'float32', got 'half'"):
+        MixedPrecisionInferer(precision="half")

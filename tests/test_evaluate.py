@@ -1,0 +1,90 @@
+"""evaluate: Dice by its definition, at the image's own grid, matched by label names."""
+
+import csv
+import json
+import shutil
+
+import nibabel
+import numpy as np
+import pytest
+
+from tests.conftest import run
+from tests.test_merge import refused
+from tools.evaluate import Score, summarise
+
+
+@pytest.fixture(scope="module")
+def evaluation(chain, tmp_path_factory):
+    output = tmp_path_factory.mktemp("evaluation") / "out"
+    bundles = f"{chain.merged},{chain.specialists['spleen']}"
+    run("tools", "evaluate", "--bundle", bundles, "--dataset_dir", chain.dataset, "--output", output)
+    return output
+
+
+def test_dice_is_the_overlap_of_the_written_label_maps(chain, evaluation):
+    rows = list(csv.DictReader((evaluation / "dice.csv").open()))
+    assert {(r["bundle"], r["label"]) for r in rows} == {
+        ("merged", "liver"),
+        ("merged", "spleen"),
+        ("spleen", "spleen"),
+    }
+    assert len(rows) == 3 * 4
+    ids = json.loads((chain.dataset / "dataset.json").read_text())["labels"]
+    for row in rows:
+        predicted = nibabel.load(evaluation / "label_maps" / row["bundle"] / f"{row['case']}.nii.gz")
+        truth = nibabel.load(chain.dataset / "labelsTr" / f"{row['case']}.nii.gz")
+        np.testing.assert_allclose(predicted.affine, truth.affine)
+        channel = ["liver", "spleen"].index(row["label"]) + 1 if row["bundle"] == "merged" else 1
+        a, b = np.asarray(predicted.dataobj) == channel, np.asarray(truth.dataobj) == ids[row["label"]]
+        assert float(row["dice"]) == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()), abs=1e-6)
+        assert float(row["reference_ml"]) == pytest.approx(b.sum() * 0.064, rel=1e-3)
+
+
+def test_summary_and_pictures(evaluation):
+    summary = json.loads((evaluation / "summary.json").read_text())
+    assert summary["merged"]["mean"] == pytest.approx((summary["merged"]["liver"] + summary["merged"]["spleen"]) / 2)
+    pictures = sorted(evaluation.glob("*.png"))
+    assert [p.stem for p in pictures] == [f"phantom_00{i}" for i in range(4)]
+    assert all(p.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and p.stat().st_size > 10_000 for p in pictures)
+
+
+def test_an_absent_organ_does_not_count():
+    scores = [Score("b", "1", "liver", 0.5, 1, 1), Score("b", "2", "liver", float("nan"), 0, 3)]
+    assert summarise(scores)["b"] == {"liver": 0.5, "mean": 0.5}
+
+
+def test_other_label_names_are_mapped_or_refused(chain, tmp_path):
+    data = tmp_path / "renamed"
+    shutil.copytree(chain.dataset, data)
+    description = json.loads((data / "dataset.json").read_text())
+    description["labels"] = {
+        {"liver": "hepar", "spleen": "lien"}.get(k, k): v for k, v in description["labels"].items()
+    }
+    (data / "dataset.json").write_text(json.dumps(description))
+    words = ["--bundle", chain.merged, "--dataset_dir", data, "--output", tmp_path / "out", "--overlays", False]
+    refused(run("tools", "evaluate", *words, check=False), "none of the labels", "liver, spleen", "--labels")
+    result = run("tools", "evaluate", *words, "--labels", "{liver: hepar}")
+    assert "not scored, because the dataset does not have them: spleen" in result.stdout
+
+
+def test_split_parts_choose_the_cases(chain, tmp_path):
+    split = tmp_path / "split.json"
+    split.write_text(json.dumps([{"train": [], "val": [], "test": ["phantom_002"]}]))
+    words = ["--bundle", chain.specialists["liver"], "--dataset_dir", chain.dataset, "--output", tmp_path / "out"]
+    run("tools", "evaluate", *words, "--split_file", split, "--part", "test", "--overlays", False)
+    assert {row["case"] for row in csv.DictReader((tmp_path / "out" / "dice.csv").open())} == {"phantom_002"}
+    words[-1] = tmp_path / "other"
+    refused(
+        run("tools", "evaluate", *words, "--split_file", tmp_path / "no.json", "--part", "test", check=False),
+        "not found",
+    )
+    refused(run("tools", "evaluate", *words, "--split_file", split, "--part", "gone", check=False), "no part 'gone'")
+
+
+def test_a_bundle_without_weights_is_refused(chain, tmp_path):
+    bundle = tmp_path / "bare"
+    shutil.copytree(chain.merged, bundle)
+    (bundle / "models" / "model.pt").unlink()
+    words = ["--bundle", bundle, "--dataset_dir", chain.dataset, "--output", tmp_path / "out"]
+    refused(run("tools", "evaluate", *words, check=False), "model.pt not found")
+    assert not (tmp_path / "out").exists()
