@@ -75,67 +75,51 @@ def demo(
             the phantom).
         pretrain_bundle: the bundle that pre-trains, pretrain_amos or pretrain_cui.
         overlay: overlay of the training bundles, "small" for two CPU cores; "" for full size.
-        pretrain_epochs: other than the overlay's.
-        finetune_epochs: other than the overlay's.
+        pretrain_epochs: default: the overlay's, and 6 for the phantom.
+        finetune_epochs: default: the overlay's, and 4 for the phantom.
         patch_size: edge of the training patches and inference windows, voxels, other than the overlay's.
         seed: of the phantom, the split and the training.
     """
     root = Path(output)
-    run = Steps(root / "logs")
+    steps = Steps(root / "logs")
     started = time.time()
-    cohorts = _real_cohorts(Path(dataset_dir), root, seed) if dataset_dir else _phantom_cohorts(root, run, seed)
+    if dataset_dir:
+        cohorts = _real_cohorts(Path(dataset_dir), root, seed)
+    else:
+        cohorts = _phantom_cohorts(steps, root, seed)
+        pretrain_epochs, finetune_epochs = pretrain_epochs or 6, finetune_epochs or 4
     wanted = _tasks(tasks, cohorts.finetune, phantom=not dataset_dir)
 
+    print("\n1. a starting point: pre-train on all organs of the first patients")
     start = root / "pretrain"
-    run.step(
-        "pretrain_setup",
-        "1. a starting point: pre-train on all organs of the first patients",
-        tools(
-            "new_pretraining",
-            bundle=BUNDLES / pretrain_bundle,
-            dataset_dir=cohorts.pretrain,
-            output=start,
-            overlay=overlay,
-            **({"patch_size": patch_size} if patch_size else {}),
-        ),
-    )
-    epochs = {"max_epochs": pretrain_epochs} if pretrain_epochs else {}
-    run.step("pretrain", "", train(start, split_file=cohorts.splits / "pretrain.json", seed=seed, **epochs))
+    setup = {"bundle": BUNDLES / pretrain_bundle, "dataset_dir": cohorts.pretrain, "overlay": overlay}
+    setup |= {"patch_size": patch_size} if patch_size else {}
+    steps.run("pretrain_setup", tools("new_pretraining", **setup, output=start), start)
+    settings = {"split_file": cohorts.splits / "pretrain.json", "seed": seed}
+    settings |= {"max_epochs": pretrain_epochs} if pretrain_epochs else {}
+    steps.run("pretrain", train(start, **settings), start / "models" / "model.pt", ["pretrain_setup"])
 
-    epochs = {"max_epochs": finetune_epochs} if finetune_epochs else {}
+    settings = {"split_file": cohorts.splits / "finetune.json", "seed": seed}
+    settings |= {"max_epochs": finetune_epochs} if finetune_epochs else {}
     for task, labels in wanted.items():
-        folder, slug = root / "specialists" / _slug(task), _slug(task)
-        setup = tools(
-            "new_task",
-            pretrained=start,
-            dataset_dir=cohorts.finetune,
-            task=task,
-            labels=",".join(map(str, labels)),
-            output=folder,
-            overlay=overlay,
-        )
-        run.step(
-            f"{slug}_setup", f"2. a specialist for {task}: fine-tune on other patients, share the task vector", setup
-        )
-        run.step(slug, "", train(folder, split_file=cohorts.splits / "finetune.json", seed=seed, **epochs))
-        run.step(f"{slug}_diff", "", tools("diff", pretrained=start, finetuned=folder, output=_vector(root, task)))
+        print(f"\n2. a specialist for {task}: fine-tune on other patients, share the task vector")
+        _specialist(steps, root, cohorts, task, labels, overlay, settings)
 
-    vectors = ",".join(str(_vector(root, task)) for task in wanted)
-    run.step("inspect", "3. merge the task vectors", [*tools("inspect"), *vectors.split(",")], show=True)
+    print("\n3. merge the task vectors")
+    vectors = [_vector(root, task) for task in wanted]
+    diffs = [f"{_slug(task)}_diff" for task in wanted]
+    steps.run("inspect", [*tools("inspect"), *vectors])
     for name, (flags, _) in MERGES.items():
-        run.step(name, "", [*tools("merge", pretrained=start, vectors=vectors, output=root / name), *flags.split()])
+        merge = tools("merge", pretrained=start, vectors=",".join(map(str, vectors)), output=root / name)
+        steps.run(name, [*merge, *flags.split()], root / name, diffs)
 
+    print("\n4. segment the test patients and compare")
     bundles = [start, *(root / "specialists" / _slug(task) for task in wanted), *(root / name for name in MERGES)]
+    cases = {"dataset_dir": cohorts.finetune, "part": "test", "split_file": cohorts.splits / "finetune.json"}
     evaluation = tools(
-        "evaluate",
-        bundle=",".join(map(str, bundles)),
-        dataset_dir=cohorts.finetune,
-        part="test",
-        split_file=cohorts.splits / "finetune.json",
-        output=root / "evaluation",
-        overlays=False,
+        "evaluate", bundle=",".join(map(str, bundles)), **cases, overlays=False, output=root / "evaluation"
     )
-    run.step("evaluate", "4. segment the test patients and compare", [*evaluation, "--overwrite"])
+    steps.run("evaluate", evaluation, root / "evaluation", list(MERGES))
     table = results_table(root, wanted, cohorts)
     (root / "results.md").write_text(table)
     _draw(root, wanted, cohorts)
@@ -143,41 +127,68 @@ def demo(
     print(f"{(time.time() - started) / 60:.1f} minutes")
 
 
+def _specialist(
+    steps: Steps,
+    root: Path,
+    cohorts: Cohorts,
+    task: str,
+    labels: Sequence,
+    overlay: str,
+    settings: Mapping[str, object],
+) -> None:
+    """Fine-tune one task and take its task vector."""
+    start, folder, slug = root / "pretrain", root / "specialists" / _slug(task), _slug(task)
+    setup = tools(
+        "new_task", pretrained=start, dataset_dir=cohorts.finetune, task=task, labels=",".join(map(str, labels)),
+        overlay=overlay, output=folder,
+    )  # fmt: skip
+    steps.run(f"{slug}_setup", setup, folder, ["pretrain"])
+    steps.run(slug, train(folder, **settings), folder / "models" / "model.pt", [f"{slug}_setup"])
+    diff = tools("diff", pretrained=start, finetuned=folder, output=_vector(root, task))
+    steps.run(f"{slug}_diff", diff, _vector(root, task), [slug])
+
+
 class Steps:
     """Runs commands one after another, each once: what an earlier run finished is not done again."""
 
     def __init__(self, logs: Path) -> None:
         self.logs = logs
+        self.ran: set[str] = set()
         logs.mkdir(parents=True, exist_ok=True)
 
-    def step(self, name: str, title: str, command: Sequence[object], show: bool = False) -> None:
-        """Print a command, run it, and keep what it prints in logs/<name>.log.
+    def run(self, name: str, command: Sequence[object], makes: Path | None = None, after: Sequence[str] = ()) -> None:
+        """Print a command, run it unless it is done, and keep what it prints in logs/<name>.log.
+
+        Args:
+            name: of the step.
+            command: its words, the first being ``python``.
+            makes: what the command makes; without it the command always runs, and what it prints is shown.
+            after: steps that it builds on; when one of them has just been run, it runs again.
 
         Raises:
             UserError: the command failed; its last words are in the message.
         """
-        words = [str(word) for word in command]
-        if title:
-            print(f"\n{title}")
-        print(f"$ {shlex.join(words)}", flush=True)
+        line = shlex.join(str(word) for word in command)
+        print(f"$ {line}", flush=True)
         done, log = self.logs / f"{name}.done", self.logs / f"{name}.log"
-        if done.is_file() and done.read_text() == shlex.join(words):
+        same = done.is_file() and done.read_text() == line and not self.ran & set(after)
+        if makes and makes.exists() and same:
             print("  (done before)")
             return
+        words = [sys.executable, *shlex.split(line)[1:]]
+        if makes and makes.exists() and "tools" in words:
+            words.append("--overwrite")
         began = time.time()
-        if name.endswith(("_setup", "_diff")) or name.startswith("merged_"):
-            words.append("--overwrite")  # of a half-finished earlier run
+        self.ran.add(name)
         with log.open("w") as file:
-            code = subprocess.run(
-                [sys.executable, *words[1:]], stdout=file, stderr=None if sys.stderr.isatty() else file
-            ).returncode
-        lines = [line for line in log.read_text().splitlines() if line.strip()]
+            code = subprocess.run(words, stdout=file, stderr=None if sys.stderr.isatty() else file).returncode
+        text = log.read_text().strip()
         if code:
-            raise UserError(f"that command failed: {' '.join(lines[-1:])} (see {log})")
-        if show:
-            print("\n".join(lines))
+            raise UserError(f"that command failed: {text.splitlines()[-1] if text else code} (see {log})")
+        if not makes:
+            print(text)
         print(f"  {time.time() - began:.0f} s")
-        done.write_text(shlex.join([str(word) for word in command]))
+        done.write_text(line)
 
 
 def tools(command: str, **flags: object) -> list[object]:
@@ -221,13 +232,13 @@ def _tasks(tasks: object, dataset_dir: Path, phantom: bool) -> dict[str, list[An
     return resolve(dataset_dir, chosen)
 
 
-def _phantom_cohorts(root: Path, run: Steps, seed: int) -> Cohorts:
+def _phantom_cohorts(steps: Steps, root: Path, seed: int) -> Cohorts:
     from tools.bundle_code.nnunet_data import all_cases, make_folds
 
     first, second = root / "data" / "Dataset001_PhantomNative", root / "data" / "Dataset002_PhantomPortal"
-    make = "0. simulated patients of two hospitals"
-    run.step("data1_setup", make, tools("phantom", output=first, population="native", cases=16, seed=seed))
-    run.step("data2_setup", "", tools("phantom", output=second, population="portal", cases=16, seed=seed + 1))
+    print("\n0. simulated patients of two hospitals")
+    steps.run("data1", tools("phantom", output=first, population="native", cases=16, seed=seed), first)
+    steps.run("data2", tools("phantom", output=second, population="portal", cases=16, seed=seed + 1), second)
     names = list(all_cases(second))
     parts = {"train": names[:8], "val": names[8:10], "test": names[10:]}
     _write_splits(root / "splits", make_folds(list(all_cases(first)), seed)[0], parts)

@@ -104,9 +104,8 @@ def set_starting_point(output: Path, pretrained: Bundle, out_channels: int) -> d
     path = output / "configs" / "metadata.json"
     metadata = read_json(path)
     metadata["network_data_format"]["inputs"] = pretrained.metadata["network_data_format"]["inputs"]
-    for key in ("image_classes",):
-        if key in pretrained.metadata:
-            metadata[key] = pretrained.metadata[key]
+    if "image_classes" in pretrained.metadata:
+        metadata["image_classes"] = pretrained.metadata["image_classes"]
     metadata["network_data_format"]["outputs"]["pred"]["spatial_shape"] = pretrained.metadata["network_data_format"][
         "outputs"
     ]["pred"]["spatial_shape"]
@@ -148,3 +147,17 @@ def update_metadata(output: Path, **entries: Any) -> None:
     """Set entries of metadata.json."""
     path = output / "configs" / "metadata.json"
     write_json(path, {**read_json(path), **entries})
+
+
+def introduce(output: Path, title: str, facts: Mapping[str, str]) -> None:
+    """Begin the bundle's README with what this copy is; the template's own text follows.
+
+    Args:
+        output: the bundle.
+        title: its heading.
+        facts: shown as a list.
+    """
+    path = output / "docs" / "README.md"
+    template = path.read_text()
+    lines = "\n".join(f"- {name}: {value}" for name, value in facts.items())
+    path.write_text(f"# {title}\n\n{lines}\n\n---\n\nWhat it was made from:\n\n#{template}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tools.bundle import Bundle, read_json
 from tools.errors import UserError
-from tools.instantiate import copy_template, set_labels, set_values, update_metadata
+from tools.instantiate import copy_template, introduce, set_labels, set_values, update_metadata
 from tools.labels import parse_channels, resolve
 from tools.output import complete_output
 
@@ -51,7 +51,14 @@ def new_pretraining(
         if patch_size:
             set_values(folder, {"patch_size": [patch_size] * 3})
         dataset = read_json(Path(dataset_dir) / "dataset.json").get("name", Path(dataset_dir).name)
-        update_metadata(folder, data_source=f"nnU-Net dataset {dataset}; not distributed with the bundle")
+        update_metadata(
+            folder,
+            name=f"{dataset} pre-training",
+            task=f"Supervised pre-training on {', '.join(label_map)}, as the starting point of task vectors",
+            description=f"A starting point for model merging, {source.name} trained on {dataset}.",
+            data_source=f"nnU-Net dataset {dataset}; not distributed with the bundle",
+        )
+        introduce(folder, f"Starting point: {dataset}", {"dataset": dataset, "labels": ", ".join(label_map)})
     print(f"{output}: {len(label_map)} labels ({', '.join(label_map)})")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tools.bundle import Bundle, read_json
 from tools.errors import UserError
-from tools.instantiate import copy_template, set_labels, set_starting_point, set_values, update_metadata
+from tools.instantiate import copy_template, introduce, set_labels, set_starting_point, set_values, update_metadata
 from tools.labels import parse_channels, resolve
 from tools.lineage import backbone_sha256
 from tools.new_pretraining import apply_overlays
@@ -75,6 +75,9 @@ def new_task(
             name=f"{task}, fine-tuned from {start.name}",
             task=f"Segmentation of {', '.join(label_map)}",
             data_source=f"nnU-Net dataset {dataset}; not distributed with the bundle",
+            description=f"Fine-tuned from {start.name} on {dataset}; its task vector can be merged with others.",
             lineage={"task": task, "pretrained": start.name, "pretrained_sha256": backbone_sha256(state, head)},
         )
+        facts = {"starting point": start.name, "dataset": dataset, "labels": ", ".join(label_map)}
+        introduce(folder, f"Specialist: {task}", facts)
     print(f"{output}: task {task} ({', '.join(label_map)}) from {start.name}")
