@@ -74,6 +74,14 @@ def test_mistakes_are_named(chain, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_a_dataset_with_other_channels_is_refused(chain, tmp_path):
+    data = tmp_path / "mr"
+    data.mkdir()
+    (data / "dataset.json").write_text(json.dumps({"channel_names": {"0": "T1", "1": "T2"}, "labels": {"liver": 1}}))
+    words = ["--pretrained", chain.pretrain, "--dataset_dir", data, "--task", "liver", "--output", tmp_path / "x"]
+    refused(run("tools", "new_task", *words, check=False), "have 2 channel(s)", "takes 1")
+
+
 @pytest.mark.parametrize("labels", ["all", "{liver: liver, kidneys: [8, 9]}"])
 def test_new_pretraining_takes_the_datasets_labels(chain, tmp_path, labels):
     words = ["--bundle", ROOT / "bundles" / "pretrain_cui", "--dataset_dir", chain.dataset, "--output", tmp_path / "p"]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import os
 import signal
 import sys
+
+from tools.errors import UserError, nearest
 
 COMMANDS = {
     "new_pretraining": "a copy of a pre-training bundle for the labels of an nnU-Net dataset",
@@ -31,19 +32,17 @@ def main(arguments: list[str]) -> int:
         return 0
     name = arguments[0]
     if name not in COMMANDS:
-        print(f"error: no command {name!r}{_nearest(name, COMMANDS)}; see python -m tools --help", file=sys.stderr)
+        print(f"error: no command {name!r}{nearest(name, COMMANDS)}; see python -m tools --help", file=sys.stderr)
         return 1
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that unfinished output is removed
-    command = getattr(importlib.import_module(f"tools.{name}"), name)
-    from tools.errors import UserError
-
     try:
+        command = getattr(importlib.import_module(f"tools.{name}"), name)
         if not any(argument in ("-h", "--help") for argument in arguments):
             _check_flags(command, arguments[1:])
         import fire
 
         os.environ.setdefault("PAGER", "cat")
-        fire.Fire(command, command=arguments[1:], name=f"python -m tools {name}", serialize=lambda _: None)
+        fire.Fire(command, command=arguments[1:], name=name, serialize=lambda _: None)
         return 0
     except KeyboardInterrupt:
         print("\nstopped; unfinished output was removed", file=sys.stderr)
@@ -53,25 +52,30 @@ def main(arguments: list[str]) -> int:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    except Exception as error:
+        if debug:
+            raise
+        print(
+            f"error: unexpected {type(error).__name__}: {' '.join(str(error).split())[:500]} (--debug says where)",
+            file=sys.stderr,
+        )
+        return 1
 
 
 def _check_flags(command, arguments: list[str]) -> None:
-    """Refuse an unknown flag before anything runs; fire would run the command first and complain afterwards."""
-    from tools.errors import UserError
-
+    """Refuse unknown and missing flags before anything runs; fire would run the command first and complain afterwards."""
     known = inspect.signature(command).parameters
-    for argument in arguments:
-        if argument.startswith("--"):
-            flag = argument[2:].split("=")[0].replace("-", "_")
-            if flag not in known and flag.removeprefix("no") not in known:
-                raise UserError(
-                    f"unknown flag --{flag}{_nearest(flag, known)}; see python -m tools {command.__name__} --help"
-                )
-
-
-def _nearest(word: str, words) -> str:
-    found = difflib.get_close_matches(word, list(words), n=1)
-    return f", did you mean {found[0]!r}?" if found else ""
+    flags = [a[2:].split("=")[0].replace("-", "_") for a in arguments if a.startswith("--")]
+    required = [n for n, p in known.items() if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
+    if not arguments or arguments[0].startswith("-"):  # nothing is given by position
+        missing = [f"--{name}" for name in required if name not in flags]
+        if missing:
+            raise UserError(f"{', '.join(missing)} missing; see python -m tools {command.__name__} --help")
+    for flag in flags:
+        if flag not in known and flag.removeprefix("no") not in known:
+            raise UserError(
+                f"unknown flag --{flag}{nearest(flag, known)}; see python -m tools {command.__name__} --help"
+            )
 
 
 if __name__ == "__main__":

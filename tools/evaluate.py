@@ -13,7 +13,7 @@ import numpy as np
 
 from tools.bundle import Bundle
 from tools.errors import UserError
-from tools.labels import parse_channels, parse_sources
+from tools.labels import check_channels, parse_channels, parse_sources
 from tools.output import complete_output
 
 
@@ -70,6 +70,8 @@ def evaluate(
     )
     if len({b.name for b in bundles}) != len(bundles):
         raise UserError("the bundles' folders must have different names")
+    for b in bundles:
+        check_channels(dataset_dir, b)
     renamed = parse_channels(labels) or {}
     cases = _cases(dataset_dir, part, split_file, fold)
     with complete_output(output, overwrite, sign="summary.json") as folder:

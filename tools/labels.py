@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from tools.bundle import Bundle
 from tools.errors import UserError
 
 Label = int | str
@@ -59,3 +60,18 @@ def resolve(dataset_dir: str | Path, channels: Mapping[str, object]) -> dict[str
     except (ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from None
     return {name: [names.get(v, v) for v in vs] for name, vs in zip(wanted, values, strict=True)}
+
+
+def check_channels(dataset_dir: str | Path, bundle: Bundle) -> None:
+    """Refuse a dataset whose images do not have the channels that a bundle's network takes.
+
+    Raises:
+        UserError: says both numbers.
+    """
+    from tools.bundle_code.nnunet_data import count_channels
+
+    count = count_channels(dataset_dir)
+    if count != bundle.in_channels:
+        raise UserError(
+            f"images of {dataset_dir} have {count} channel(s), the network of {bundle.path} takes {bundle.in_channels}"
+        )

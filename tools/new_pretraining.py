@@ -7,7 +7,7 @@ from pathlib import Path
 from tools.bundle import Bundle, read_json
 from tools.errors import UserError
 from tools.instantiate import copy_template, introduce, set_labels, set_values, update_metadata
-from tools.labels import parse_channels, resolve
+from tools.labels import check_channels, parse_channels, resolve
 from tools.output import complete_output
 
 
@@ -42,6 +42,7 @@ def new_pretraining(
     channels = parse_channels(labels)
     if not channels:
         raise UserError('--labels must be "all" or a dictionary such as "{kidneys: [2, 3], liver: liver}"')
+    check_channels(dataset_dir, source)
     label_map = resolve(dataset_dir, channels)
     with complete_output(output, overwrite) as folder:
         copy_template(source.path, folder)

@@ -8,7 +8,7 @@ from pathlib import Path
 from tools.bundle import Bundle, read_json
 from tools.errors import UserError
 from tools.instantiate import copy_template, introduce, set_labels, set_starting_point, set_values, update_metadata
-from tools.labels import parse_channels, resolve
+from tools.labels import check_channels, parse_channels, resolve
 from tools.lineage import backbone_sha256
 from tools.new_pretraining import apply_overlays
 from tools.output import complete_output
@@ -60,6 +60,7 @@ def new_task(
         task, labels = task or PRESETS[preset][0], PRESETS[preset][1] if labels is None else labels
     if not task:
         raise UserError("--task (or --preset) is missing: it names the task, and its output channel")
+    check_channels(dataset_dir, start)
     label_map = resolve(dataset_dir, parse_channels(labels) or {task: task if labels is None else labels})
     with complete_output(output, overwrite) as folder:
         copy_template(TEMPLATE, folder)

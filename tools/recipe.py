@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tools.errors import UserError
+from tools.errors import UserError, nearest
 from tools.merge_methods import METHODS
 
 
@@ -32,13 +31,13 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UserError(
-                f"no merge method {self.method!r}{_nearest(self.method, METHODS)}; there are {', '.join(METHODS)}"
+                f"no merge method {self.method!r}{nearest(self.method, METHODS)}; there are {', '.join(METHODS)}"
             )
         known = METHODS[self.method].defaults
         for name in self.parameters:
             if name not in known:
                 choice = f"it has {', '.join(known)}" if known else "it has none"
-                raise UserError(f"{self.method} has no parameter {name!r}{_nearest(name, known)}; {choice}")
+                raise UserError(f"{self.method} has no parameter {name!r}{nearest(name, known)}; {choice}")
         if not self.vectors:
             raise UserError("no task vectors to merge")
 
@@ -61,7 +60,7 @@ class Recipe:
         for name in content:
             if name not in known:
                 raise UserError(
-                    f"{path}: unknown entry {name!r}{_nearest(str(name), known)}; a recipe has {', '.join(known)}"
+                    f"{path}: unknown entry {name!r}{nearest(str(name), known)}; a recipe has {', '.join(known)}"
                 )
         for name, kind in (("pretrained", str), ("vectors", list)):
             if not isinstance(content.get(name), kind):
@@ -74,8 +73,3 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def _nearest(word: str, words) -> str:
-    found = difflib.get_close_matches(word, list(words), n=1)
-    return f", did you mean {found[0]!r}?" if found else ""

@@ -160,3 +160,30 @@ def test_real_files_of_other_formats(alone, real_data, tmp_path):
     infer(alone, real_data / "readers" / "nrrd_mr_breast" / "breast1_image.nrrd", tmp_path / "nrrd")
     source = itk.imread(str(real_data / "readers" / "nrrd_mr_breast" / "breast1_image.nrrd"))
     assert nibabel.load(next((tmp_path / "nrrd").glob("*.nii.gz"))).shape == tuple(itk.size(source))
+
+
+def test_a_progress_bar_on_a_terminal(alone, chain, tmp_path):
+    import os
+    import pty
+    import subprocess
+    import sys
+
+    reader, writer = pty.openpty()
+    words = ["--config_file", alone / "configs" / "inference.json", "--bundle_root", alone]
+    words += ["--dataset_dir", chain.dataset, "--output_dir", tmp_path / "out"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "monai.bundle", "run", *map(str, words)],
+        cwd="/",
+        stdout=subprocess.DEVNULL,
+        stderr=writer,
+    )
+    os.close(writer)
+    shown = b""
+    try:
+        while chunk := os.read(reader, 65536):
+            shown += chunk
+    except OSError:  # the terminal is gone when the process ends
+        pass
+    assert process.wait() == 0, shown[-2000:]
+    assert b"[4/4] 100%" in shown
+    assert len(list((tmp_path / "out").glob("*_seg.nii.gz"))) == 4

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
+from monai.utils import convert_to_dst_type, convert_to_tensor
 
 LabelChoice = Mapping[str, int | str | Sequence[int | str]]
 
@@ -41,6 +42,13 @@ def read_labels(dataset_dir: str | Path) -> dict[str, list[int]]:
         if name.lower() not in ("background", "ignore") and values != [0]:
             labels[name] = values
     return labels
+
+
+def count_channels(dataset_dir: str | Path) -> int:
+    """The number of image channels that dataset.json names; 1 when it names none."""
+    path = Path(dataset_dir) / "dataset.json"
+    description = json.loads(path.read_text()) if path.is_file() else {}
+    return len(description.get("channel_names") or description.get("modality") or {"0": ""})
 
 
 def label_key(name: str) -> str:
@@ -99,10 +107,9 @@ class LabelsToChannelsd(MapTransform):
     def __call__(self, data: Mapping) -> dict:
         d = dict(data)
         for key in self.key_iterator(d):
-            inside = torch.as_tensor(d[key]).round().long()
-            inside[(inside < 0) | (inside >= len(self.table))] = 0
-            mapped = self.table[inside.as_tensor() if hasattr(inside, "as_tensor") else inside]
-            d[key] = d[key].__class__(mapped, meta=d[key].meta) if hasattr(d[key], "meta") else mapped
+            values = convert_to_tensor(d[key], track_meta=False).round().long()
+            values = torch.where((values >= 0) & (values < len(self.table)), values, 0)
+            d[key] = convert_to_dst_type(self.table[values], d[key], dtype=self.table.dtype)[0]
         return d
 
 
@@ -121,7 +128,7 @@ def all_cases(dataset_dir: str | Path, part: str = "Tr") -> dict[str, dict]:
     root = Path(dataset_dir)
     description = json.loads((root / "dataset.json").read_text()) if (root / "dataset.json").is_file() else {}
     ending = description.get("file_ending", ".nii.gz")
-    channels = len(description.get("channel_names") or description.get("modality") or {"0": ""})
+    channels = count_channels(root)
     cases: dict[str, dict] = {}
     if part == "Tr" and isinstance(description.get("dataset"), dict):  # version 2: files named one by one
         for name, files in description["dataset"].items():

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar
 from monai.data.utils import set_rnd
-from monai.engines import IterationEvents
+from monai.engines import Evaluator, IterationEvents
 from monai.utils import set_determinism
 from torch import nn
 
@@ -162,9 +162,14 @@ class ResumableCheckpoint:
 
 
 class Progress:
-    """A progress bar per epoch with the current loss, on a terminal and in the first process only."""
+    """A progress bar on a terminal, in the first process only: per epoch with the current loss, or over the images."""
 
     def attach(self, engine: Engine) -> None:
-        if sys.stderr.isatty() and not (dist.is_initialized() and dist.get_rank() > 0):
-            bar = ProgressBar(persist=False)
-            bar.attach(engine, output_transform=lambda output: {"loss": output["loss"].item()})
+        if not sys.stderr.isatty() or (dist.is_initialized() and dist.get_rank() > 0):
+            return
+        bar = ProgressBar(persist=isinstance(engine, Evaluator))
+        bar.attach(engine, output_transform=None if isinstance(engine, Evaluator) else _loss)
+
+
+def _loss(output: dict) -> dict[str, float]:
+    return {"loss": output["loss"].item()}
