@@ -18,7 +18,7 @@ from tests.conftest import ROOT, run
 from tools.bundle import Bundle
 from tools.errors import UserError
 from tools.merge import stacked_head
-from tools.task_vector import TaskVector
+from tools.task_vector import FORMAT, TaskVector
 
 
 def logits(bundle, x):
@@ -126,9 +126,9 @@ def changed(chain, tmp_path, change):
 
 def test_vectors_of_another_starting_point_are_refused(chain, tmp_path):
     def other(tensors, metadata):
-        facts = json.loads(metadata["facts"])
+        facts = json.loads(metadata[FORMAT])
         facts.update(pretrained_sha256="0" * 64, pretrained_name="elsewhere")
-        metadata["facts"] = json.dumps(facts)
+        metadata[FORMAT] = json.dumps(facts)
 
     path = changed(chain, tmp_path, other)
     arguments = ["tools", "merge", "--pretrained", chain.pretrain, "--vectors", f"{path},{chain.vectors['spleen']}"]

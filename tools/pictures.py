@@ -76,7 +76,7 @@ def draw_case(
     across = min(len(legend), max(2, 2 * len(columns)))
     figure.legend(handles=legend, loc="lower center", ncols=across, fontsize=8, labelcolor="white", frameon=False)
     if title:
-        figure.suptitle(title, color="white", fontsize=10)
+        figure.suptitle(title, color="white", fontsize=8, x=0.01, y=0.995, ha="left")
     bottom = (0.1 + 0.2 * -(-len(legend) // across)) / figure.get_figheight()
     figure.tight_layout(rect=(0, bottom, 1, 1), pad=0.4)
     figure.savefig(path, dpi=110, facecolor="black")

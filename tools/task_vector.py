@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from tools.errors import UserError
 
-FORMAT = "task-vector-1"
+FORMAT = "task-vector-1"  # the header's only entry: safetensors writes several in random order
 TENSORS = ("backbone", "head", "remainder", "remainder_index")
 
 
@@ -79,7 +79,7 @@ class TaskVector:
         """Write the file. The same vector gives the same bytes."""
         tensors = {f"{part}/{name}": t for part in TENSORS for name, t in getattr(self, part).items()}
         facts = {name: value for name, value in vars(self).items() if name not in TENSORS}
-        save_file(tensors, path, metadata={"format": FORMAT, "facts": json.dumps(facts, sort_keys=True)})
+        save_file(tensors, path, metadata={FORMAT: json.dumps(facts, sort_keys=True)})
 
     @classmethod
     def load(cls, path: str | Path) -> TaskVector:
@@ -93,9 +93,9 @@ class TaskVector:
         try:
             with safe_open(path, framework="numpy") as file:
                 header = file.metadata() or {}
-                if header.get("format") != FORMAT:
+                if FORMAT not in header:
                     raise UserError(f"{path} is a safetensors file, but not a task vector ({FORMAT})")
-                vector = cls(**json.loads(header["facts"]))
+                vector = cls(**json.loads(header[FORMAT]))
                 for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
                     part, _, name = key.partition("/")
                     if part not in TENSORS:

@@ -1,6 +1,13 @@
 """The merged bundle as clinicians' software runs it: any format, any orientation, copied alone, strict about weights."""
 
+import fcntl
+import os
+import pty
 import shutil
+import struct
+import subprocess
+import sys
+import termios
 
 import nibabel
 import numpy as np
@@ -163,12 +170,8 @@ def test_real_files_of_other_formats(alone, real_data, tmp_path):
 
 
 def test_a_progress_bar_on_a_terminal(alone, chain, tmp_path):
-    import os
-    import pty
-    import subprocess
-    import sys
-
     reader, writer = pty.openpty()
+    fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # rows, columns
     words = ["--config_file", alone / "configs" / "inference.json", "--bundle_root", alone]
     words += ["--dataset_dir", chain.dataset, "--output_dir", tmp_path / "out"]
     process = subprocess.Popen(
