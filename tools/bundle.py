@@ -151,7 +151,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Indented JSON with lists of numbers or words on one line, as people write configs."""
+    """Indented JSON with short lists on one line, as people write configs."""
+
+    def on_one_line(match: re.Match) -> str:
+        line = "[" + re.sub(r",\s+", ", ", match[1]) + "]"
+        return line if len(line) < 100 else match[0]
+
     text = json.dumps(content, indent=4)
-    text = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda match: "[" + re.sub(r",\s+", ", ", match[1]) + "]", text)
-    path.write_text(text + "\n")
+    path.write_text(re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", on_one_line, text) + "\n")
