@@ -180,6 +180,7 @@ class Steps:
             words.append("--overwrite")
         began = time.time()
         self.ran.add(name)
+        done.unlink(missing_ok=True)
         with log.open("w") as file:
             code = subprocess.run(words, stdout=file, stderr=None if sys.stderr.isatty() else file).returncode
         text = log.read_text().strip()
