@@ -25,7 +25,10 @@ def test_the_demo_makes_its_table_and_pictures_and_resumes(tmp_path):
         assert command in text
     (output / "logs" / "merged_average.done").unlink()
     again = run(*words, cwd=ROOT).stdout
-    assert again.count("(done before)") == text.count("\n$ ") - 1
+    assert again.count("(done before)") == text.count("\n$ ") - 3  # inspect, that merge, and evaluate run again
+    other = run(*words, "--seed", 1, cwd=ROOT, check=False)
+    assert other.returncode == 1
+    assert "begun with other settings (seed was 0)" in other.stderr
 
 
 def test_too_few_patients_are_refused(chain):

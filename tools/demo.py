@@ -81,6 +81,9 @@ def demo(
         seed: of the phantom, the split and the training.
     """
     root = Path(output)
+    settings = {"dataset_dir": str(dataset_dir), "pretrain_bundle": pretrain_bundle, "overlay": overlay, "seed": seed}
+    settings |= {"patch_size": patch_size, "pretrain_epochs": pretrain_epochs, "finetune_epochs": finetune_epochs}
+    _same_settings(root / "settings.json", settings)
     steps = Steps(root / "logs")
     started = time.time()
     if dataset_dir:
@@ -148,12 +151,25 @@ def _specialist(
     steps.run(f"{slug}_diff", diff, _vector(root, task), [slug])
 
 
+def _same_settings(path: Path, settings: dict[str, object]) -> None:
+    """Refuse to go on with what was begun with other settings; other tasks may be added.
+
+    Raises:
+        UserError: names what differs.
+    """
+    before = json.loads(path.read_text()) if path.is_file() else settings
+    changed = [f"{name} was {before.get(name)!r}" for name in settings if before.get(name) != settings[name]]
+    if changed:
+        raise UserError(f"{path.parent} was begun with other settings ({', '.join(changed)}); choose another --output")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings, indent=4))
+
+
 class Steps:
     """Runs commands one after another, each once: what an earlier run finished is not done again."""
 
     def __init__(self, logs: Path) -> None:
         self.logs = logs
-        self.ran: set[str] = set()
         logs.mkdir(parents=True, exist_ok=True)
 
     def run(self, name: str, command: Sequence[object], makes: Path | None = None, after: Sequence[str] = ()) -> None:
@@ -163,7 +179,7 @@ class Steps:
             name: of the step.
             command: its words, the first being ``python``.
             makes: what the command makes; without it the command always runs, and what it prints is shown.
-            after: steps that it builds on; when one of them has just been run, it runs again.
+            after: steps that it builds on; when one of them was run since, it runs again.
 
         Raises:
             UserError: the command failed; its last words are in the message.
@@ -171,15 +187,15 @@ class Steps:
         line = shlex.join(str(word) for word in command)
         print(f"$ {line}", flush=True)
         done, log = self.logs / f"{name}.done", self.logs / f"{name}.log"
-        same = done.is_file() and done.read_text() == line and not self.ran & set(after)
-        if makes and makes.exists() and same:
-            print("  (done before)")
-            return
+        if makes and makes.exists() and done.is_file() and done.read_text() == line:
+            before = [self.logs / f"{step}.done" for step in after]
+            if all(marker.is_file() and marker.stat().st_mtime <= done.stat().st_mtime for marker in before):
+                print("  (done before)")
+                return
         words = [sys.executable, *shlex.split(line)[1:]]
         if makes and makes.exists() and "tools" in words:
             words.append("--overwrite")
         began = time.time()
-        self.ran.add(name)
         done.unlink(missing_ok=True)
         with log.open("w") as file:
             code = subprocess.run(words, stdout=file, stderr=None if sys.stderr.isatty() else file).returncode
