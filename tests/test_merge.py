@@ -232,6 +232,7 @@ def test_an_interrupted_merge_leaves_the_old_output_untouched(chain, tmp_path, s
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell passes "ignore" on
     )
     deadline = time.time() + 120
     while not list(tmp_path.glob(".merged.*.partial")) and time.time() < deadline and process.poll() is None:
