@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from tools.errors import UserError
+from tools.evaluate import dice
 from tools.labels import parse_channels, parse_sources
 
 BUNDLES = Path(os.path.relpath(Path(__file__).parents[1] / "bundles"))
@@ -293,14 +294,13 @@ def _write_splits(folder: Path, pretrain: Mapping, finetune: Mapping) -> None:
 def _masks(root: Path, wanted: Mapping[str, Sequence], cohorts: Cohorts, case: str) -> dict[str, dict[str, np.ndarray]]:
     """The organs of each task in a test case: reference, starting point, specialists and merges, by column title."""
     import nibabel
+    from monai.transforms import LoadImage
 
     from tools.bundle import Bundle
     from tools.bundle_code.nnunet_data import all_cases, label_values
 
     def label_map(bundle: str) -> np.ndarray:
         return np.asarray(nibabel.load(root / "evaluation" / "label_maps" / bundle / f"{case}.nii.gz").dataobj)
-
-    from monai.transforms import LoadImage
 
     truth = np.asarray(LoadImage(ensure_channel_first=True)(all_cases(cohorts.finetune)[case]["label"])[0])
     values = dict(zip(wanted, label_values(cohorts.finetune, wanted)))
@@ -321,17 +321,16 @@ def _masks(root: Path, wanted: Mapping[str, Sequence], cohorts: Cohorts, case: s
 def results_table(root: Path, wanted: Mapping[str, Sequence], cohorts: Cohorts) -> str:
     """Mean Dice over the test patients per task, and each merge as a share of the specialist; also written as JSON."""
     cases = json.loads((cohorts.splits / "finetune.json").read_text())[0]["test"]
-    dice: dict[str, dict[str, list[float]]] = {}
+    scores: dict[str, dict[str, list[float]]] = {}
     for case in cases:
         columns = _masks(root, wanted, cohorts, case)
         for title in list(columns)[1:]:
             for task in wanted:
-                truth, predicted = columns["reference"][task], columns[title][task]
-                if truth.any():
-                    score = 2 * np.sum(truth & predicted) / (truth.sum() + predicted.sum())
-                    dice.setdefault(title, {}).setdefault(task, []).append(float(score))
-    means = {title: {task: float(np.mean(scores)) for task, scores in tasks.items()} for title, tasks in dice.items()}
-    (root / "results.json").write_text(json.dumps({"test_cases": cases, "mean_dice": means, "dice": dice}, indent=2))
+                score = dice(columns[title][task], columns["reference"][task])
+                if not np.isnan(score):
+                    scores.setdefault(title, {}).setdefault(task, []).append(score)
+    means = {title: {task: float(np.mean(values)) for task, values in tasks.items()} for title, tasks in scores.items()}
+    (root / "results.json").write_text(json.dumps({"test_cases": cases, "mean_dice": means, "dice": scores}, indent=2))
     titles = list(means)
     lines = [f"Mean Dice on {len(cases)} test patients; in brackets normalized accuracy (merged ÷ specialist).", ""]
     lines += ["| task | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]

@@ -123,13 +123,18 @@ def score_bundle(
             if values is None:
                 continue
             predicted, truth = prediction == channel, np.isin(reference, values)
-            overlap, total = np.sum(predicted & truth), np.sum(predicted) + np.sum(truth)
-            dice = 2 * overlap / total if truth.any() else np.nan
             volumes = np.sum(truth) * millilitres, np.sum(predicted) * millilitres
             scores.append(
-                Score(bundle.name, name, label, round(float(dice), 6), *(round(float(v), 4) for v in volumes))
+                Score(
+                    bundle.name, name, label, round(dice(predicted, truth), 6), *(round(float(v), 4) for v in volumes)
+                )
             )
     return scores
+
+
+def dice(predicted: np.ndarray, truth: np.ndarray) -> float:
+    """Dice similarity coefficient of two boolean masks; NaN when the reference ``truth`` is empty."""
+    return float(2 * np.sum(predicted & truth) / (predicted.sum() + truth.sum())) if truth.any() else float("nan")
 
 
 def segment(
@@ -214,6 +219,8 @@ def _cases(dataset_dir: str | Path, part: str, split_file: str, fold: int) -> di
         named = all_cases(dataset_dir)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from None
+    if not wanted:
+        raise UserError(f"part {part!r} of the split has no cases to evaluate")
     return {name: case for name, case in named.items() if case in wanted}
 
 

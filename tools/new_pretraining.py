@@ -42,8 +42,8 @@ def new_pretraining(
     channels = parse_channels(labels)
     if not channels:
         raise UserError('--labels must be "all" or a dictionary such as "{kidneys: [2, 3], liver: liver}"')
-    check_channels(dataset_dir, source)
     label_map = resolve(dataset_dir, channels)
+    check_channels(dataset_dir, source)
     with complete_output(output, overwrite) as folder:
         copy_template(source.path, folder)
         set_labels(folder, label_map)

@@ -60,8 +60,8 @@ def new_task(
         task, labels = task or PRESETS[preset][0], PRESETS[preset][1] if labels is None else labels
     if not task:
         raise UserError("--task (or --preset) is missing: it names the task, and its output channel")
-    check_channels(dataset_dir, start)
     label_map = resolve(dataset_dir, parse_channels(labels) or {task: task if labels is None else labels})
+    check_channels(dataset_dir, start)
     with complete_output(output, overwrite) as folder:
         copy_template(TEMPLATE, folder)
         head = set_starting_point(folder, start, out_channels=1 + len(label_map))
