@@ -8,9 +8,10 @@ import nibabel
 import numpy as np
 import pytest
 
-from tests.conftest import run
+from tests.conftest import ROOT, run
 from tests.test_merge import refused
-from tools.evaluate import Score, summarise
+from tools.errors import UserError
+from tools.evaluate import Score, evaluate, summarise
 
 
 @pytest.fixture(scope="module")
@@ -87,4 +88,16 @@ def test_a_bundle_without_weights_is_refused(chain, tmp_path):
     (bundle / "models" / "model.pt").unlink()
     words = ["--bundle", bundle, "--dataset_dir", chain.dataset, "--output", tmp_path / "out"]
     refused(run("tools", "evaluate", *words, check=False), "model.pt not found")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_part_is_refused(tmp_path):
+    for folder in ("imagesTr", "labelsTr"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "dataset.json").write_text(json.dumps({"channel_names": {"0": "CT"}, "labels": {"liver": 1}}))
+    (tmp_path / "imagesTr" / "a_0000.nii.gz").touch()
+    (tmp_path / "labelsTr" / "a.nii.gz").touch()
+    (tmp_path / "splits_final.json").write_text(json.dumps([{"train": ["a"], "val": []}]))
+    with pytest.raises(UserError, match="part 'val' of the split has no cases"):
+        evaluate(str(ROOT / "bundles" / "taskvector_template"), str(tmp_path), str(tmp_path / "out"), part="val")
     assert not (tmp_path / "out").exists()
