@@ -1,10 +1,12 @@
 """The demo from beginning to end, and again: finished steps are not repeated."""
 
 import json
+import shutil
 
 import pytest
 
 from tests.conftest import ROOT, run
+from tools.demo import results_table
 
 
 @pytest.mark.slow
@@ -35,3 +37,27 @@ def test_too_few_patients_are_refused(chain):
     result = run("tools", "demo", "--dataset_dir", chain.dataset, "--output", chain.root / "demo", check=False)
     assert result.returncode == 1
     assert "three separate groups need 7 at least" in result.stderr
+
+
+def test_the_table_averages_the_tasks_shares_of_their_specialists():
+    means = {
+        "starting point": {"liver": 0.4, "spleen": 0.2},
+        "specialists": {"liver": 0.8, "spleen": 0.5},
+        "average": {"liver": 0.6, "spleen": 0.5},
+    }
+    rows = results_table(means, patients=6).splitlines()[-3:]
+    assert rows == [
+        "| liver | 0.400 | 0.800 | 0.600 (0.75) |",
+        "| spleen | 0.200 | 0.500 | 0.500 (1.00) |",
+        "| mean | 0.300 | 0.650 | 0.550 (0.88) |",
+    ]
+
+
+def test_a_task_whose_folder_would_be_another_steps_is_refused(chain, tmp_path):
+    dataset = shutil.copytree(chain.dataset, tmp_path / "dataset")
+    for file in [*dataset.glob("imagesTr/*"), *dataset.glob("labelsTr/*")]:  # 4 patients become 8
+        shutil.copyfile(file, file.with_name(f"again_{file.name}"))
+    words = ["tools", "demo", "--dataset_dir", dataset, "--output", tmp_path / "demo", "--tasks"]
+    result = run(*words, "{pretrain: liver, spleen: spleen}", check=False)
+    assert result.returncode == 1
+    assert "the folder name of task 'pretrain' is taken" in result.stderr

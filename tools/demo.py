@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from tools.errors import UserError
 from tools.evaluate import dice
@@ -111,7 +112,7 @@ def demo(
 
     print("\n3. merge the task vectors")
     vectors = [_vector(root, task) for task in wanted]
-    diffs = [f"{_slug(task)}_diff" for task in wanted]
+    diffs = [f"specialist_{_slug(task)}_diff" for task in wanted]
     steps.run("inspect", [*tools("inspect"), *vectors])
     for name, (flags, _) in MERGES.items():
         merge = tools("merge", pretrained=start, vectors=",".join(map(str, vectors)), output=root / name)
@@ -124,9 +125,8 @@ def demo(
         "evaluate", bundle=",".join(map(str, bundles)), **cases, overlays=False, output=root / "evaluation"
     )
     steps.run("evaluate", evaluation, root / "evaluation", list(MERGES))
-    table = results_table(root, wanted, cohorts)
+    table = _compare(root, wanted, cohorts)
     (root / "results.md").write_text(table)
-    _draw(root, wanted, cohorts)
     print(f"\n{table}\nwritten: {root}/results.md, results.json, one picture per test patient in {root}/overlays")
     print(f"{(time.time() - started) / 60:.1f} minutes")
 
@@ -141,15 +141,15 @@ def _specialist(
     settings: Mapping[str, object],
 ) -> None:
     """Fine-tune one task and take its task vector."""
-    start, folder, slug = root / "pretrain", root / "specialists" / _slug(task), _slug(task)
+    start, folder, step = root / "pretrain", root / "specialists" / _slug(task), f"specialist_{_slug(task)}"
     setup = tools(
         "new_task", pretrained=start, dataset_dir=cohorts.finetune, task=task, labels=",".join(map(str, labels)),
         overlay=overlay, output=folder,
     )  # fmt: skip
-    steps.run(f"{slug}_setup", setup, folder, ["pretrain"])
-    steps.run(slug, train(folder, **settings), folder / "models" / "model.pt", [f"{slug}_setup"])
+    steps.run(f"{step}_setup", setup, folder, ["pretrain"])
+    steps.run(step, train(folder, **settings), folder / "models" / "model.pt", [f"{step}_setup"])
     diff = tools("diff", pretrained=start, finetuned=folder, output=_vector(root, task))
-    steps.run(f"{slug}_diff", diff, _vector(root, task), [slug])
+    steps.run(f"{step}_diff", diff, _vector(root, task), [step])
 
 
 def _same_settings(path: Path, settings: dict[str, object]) -> None:
@@ -247,6 +247,10 @@ def _tasks(tasks: object, dataset_dir: Path, phantom: bool) -> dict[str, list[An
         chosen = parse_channels(tasks) or {str(name): name for name in parse_sources(tasks)}
     if len(chosen) < 2:
         raise UserError("a merge needs two tasks at least")
+    folders = ["pretrain", *MERGES, *map(_slug, chosen)]
+    for task in chosen:
+        if folders.count(_slug(task)) > 1:
+            raise UserError(f"the folder name of task {task!r} is taken; call it something else")
     return resolve(dataset_dir, chosen)
 
 
@@ -318,48 +322,49 @@ def _masks(root: Path, wanted: Mapping[str, Sequence], cohorts: Cohorts, case: s
     return columns
 
 
-def results_table(root: Path, wanted: Mapping[str, Sequence], cohorts: Cohorts) -> str:
-    """Mean Dice over the test patients per task, and each merge as a share of the specialist; also written as JSON."""
+def _compare(root: Path, wanted: Mapping[str, Sequence], cohorts: Cohorts) -> str:
+    """Draw every test patient, and return the table of mean Dice; both from the label maps of ``evaluate``."""
+    from monai.transforms import LoadImage
+
+    from tools.bundle_code.nnunet_data import all_cases
+    from tools.pictures import draw_case
+
+    files = all_cases(cohorts.finetune)
     cases = json.loads((cohorts.splits / "finetune.json").read_text())[0]["test"]
+    (root / "overlays").mkdir(exist_ok=True)
     scores: dict[str, dict[str, list[float]]] = {}
-    for case in cases:
+    for case in tqdm(cases, desc="pictures", disable=None, leave=False):
         columns = _masks(root, wanted, cohorts, case)
         for title in list(columns)[1:]:
             for task in wanted:
                 score = dice(columns[title][task], columns["reference"][task])
                 if not np.isnan(score):
                     scores.setdefault(title, {}).setdefault(task, []).append(score)
+        image = LoadImage(ensure_channel_first=True)(files[case]["image"])
+        picture = root / "overlays" / f"{case}.png"
+        draw_case(np.asarray(image[0]), np.asarray(image.affine), columns, picture, title=case)
     means = {title: {task: float(np.mean(values)) for task, values in tasks.items()} for title, tasks in scores.items()}
     (root / "results.json").write_text(json.dumps({"test_cases": cases, "mean_dice": means, "dice": scores}, indent=2))
+    return results_table(means, len(cases))
+
+
+def results_table(means: Mapping[str, Mapping[str, float]], patients: int) -> str:
+    """A Markdown table of mean Dice: a row per task and their mean; each merge also as a share of the specialist.
+
+    Args:
+        means: mean Dice by column title and task; the first two columns are the starting point and the specialists.
+        patients: how many the means are over.
+    """
     titles = list(means)
-    lines = [f"Mean Dice on {len(cases)} test patients; in brackets normalized accuracy (merged ÷ specialist).", ""]
+    specialists = {task: max(score, 1e-6) for task, score in means["specialists"].items()}
+    shares = {title: {task: means[title][task] / specialists[task] for task in specialists} for title in titles}
+    lines = [f"Mean Dice on {patients} test patients; in brackets normalized accuracy (merged ÷ specialist).", ""]
     lines += ["| task | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
-    for task in [*wanted, "mean"]:
-        row = {
-            t: means[t].get(task, np.nan) if task != "mean" else float(np.mean(list(means[t].values()))) for t in titles
-        }
-        cells = [f"{row[t]:.3f}" for t in titles[:2]]
-        if task == "mean":
-            shares = {
-                t: np.mean([means[t][k] / max(means["specialists"][k], 1e-6) for k in means[t]]) for t in titles[2:]
-            }
-        else:
-            shares = {t: row[t] / max(row["specialists"], 1e-6) for t in titles[2:]}
-        cells += [f"{row[t]:.3f} ({shares[t]:.2f})" for t in titles[2:]]
-        lines.append(f"| {task} | " + " | ".join(cells) + " |")
+    for name, tasks in {**{task: [task] for task in specialists}, "mean": list(specialists)}.items():
+        cells = []
+        for position, title in enumerate(titles):
+            score = f"{np.mean([means[title][task] for task in tasks]):.3f}"
+            share = f" ({np.mean([shares[title][task] for task in tasks]):.2f})"
+            cells.append(score + share if position > 1 else score)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _draw(root: Path, wanted: Mapping[str, Sequence], cohorts: Cohorts) -> None:
-    from monai.transforms import LoadImage
-
-    from tools.bundle_code.nnunet_data import all_cases
-    from tools.pictures import draw_case
-
-    (root / "overlays").mkdir(exist_ok=True)
-    for case in json.loads((cohorts.splits / "finetune.json").read_text())[0]["test"]:
-        image = LoadImage(ensure_channel_first=True)(all_cases(cohorts.finetune)[case]["image"])
-        columns = _masks(root, wanted, cohorts, case)
-        draw_case(
-            np.asarray(image[0]), np.asarray(image.affine), columns, root / "overlays" / f"{case}.png", title=case
-        )

@@ -16,6 +16,11 @@ LEFT_OUT = ("models", "checkpoints", "eval", "__pycache__", "splits_final.json")
 CONFIGS_WITH_NETWORK = ("train.json", "inference.json")
 
 
+def dataset_name(dataset_dir: str | Path) -> str:
+    """What an nnU-Net dataset calls itself, or else its folder's name."""
+    return read_json(Path(dataset_dir) / "dataset.json").get("name") or Path(dataset_dir).resolve().name
+
+
 def copy_template(template: Path, output: Path) -> None:
     """Copy a bundle without its weights, checkpoints and results."""
     shutil.copytree(template, output, ignore=shutil.ignore_patterns(*LEFT_OUT))

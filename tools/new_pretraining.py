@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tools.bundle import Bundle, read_json
 from tools.errors import UserError
-from tools.instantiate import copy_template, introduce, set_labels, set_values, update_metadata
+from tools.instantiate import copy_template, dataset_name, introduce, set_labels, set_values, update_metadata
 from tools.labels import check_channels, parse_channels, resolve
 from tools.output import complete_output
 
@@ -51,7 +51,7 @@ def new_pretraining(
         apply_overlays(folder, overlay)
         if patch_size:
             set_values(folder, {"patch_size": [patch_size] * 3})
-        dataset = read_json(Path(dataset_dir) / "dataset.json").get("name", Path(dataset_dir).name)
+        dataset = dataset_name(dataset_dir)
         update_metadata(
             folder,
             name=f"{dataset} pre-training",

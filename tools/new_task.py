@@ -5,9 +5,17 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from tools.bundle import Bundle, read_json
+from tools.bundle import Bundle
 from tools.errors import UserError
-from tools.instantiate import copy_template, introduce, set_labels, set_starting_point, set_values, update_metadata
+from tools.instantiate import (
+    copy_template,
+    dataset_name,
+    introduce,
+    set_labels,
+    set_starting_point,
+    set_values,
+    update_metadata,
+)
 from tools.labels import check_channels, parse_channels, resolve
 from tools.lineage import backbone_sha256
 from tools.new_pretraining import apply_overlays
@@ -70,7 +78,7 @@ def new_task(
         apply_overlays(folder, overlay)
         (folder / "models" / "pretrained").mkdir()
         shutil.copyfile(start.model_file, folder / "models" / "pretrained" / "model.pt")
-        dataset = read_json(Path(dataset_dir) / "dataset.json").get("name", Path(dataset_dir).name)
+        dataset = dataset_name(dataset_dir)
         update_metadata(
             folder,
             name=f"{task}, fine-tuned from {start.name}",

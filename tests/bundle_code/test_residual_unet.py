@@ -65,12 +65,12 @@ def test_backbone_has_the_published_names_order_shapes_and_count():
 @pytest.mark.parametrize(("width", "size"), [(8, (16, 17, 23)), (16, (8, 9, 33)), (4, (11, 13, 16))])
 def test_forward_equals_the_plain_restatement(width, size):
     torch.manual_seed(0)
-    net = ResidualUNet3D(out_channels=4, width=width, dropout=0.5).eval()
+    net = ResidualUNet3D(out_channels=4, width=width, dropout=0.5).eval().double()
     for parameter in net.parameters():  # norms and biases too, so that a swapped one shows
         torch.nn.init.normal_(parameter, std=0.2)
-    x = torch.randn(2, 1, *size)
+    x = torch.randn(2, 1, *size, dtype=torch.float64)
     expected = restated_forward(net.state_dict(), x)
-    torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(net(x), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_dropout_really_reaches_every_block_and_only_in_training():

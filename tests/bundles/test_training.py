@@ -51,6 +51,7 @@ def test_fine_tuning_starts_from_the_starting_point_and_freezes_it_first(chain, 
     before, after = Bundle(chain.pretrain).state(), checkpoint(folder)["network"]
     assert all(torch.equal(before[n], after[n]) for n in before if not n.startswith("head."))
     assert after["head.weight"].shape[0] == 2
+    assert (folder / "models" / "model.pt").is_file()  # nothing better to come: the last epoch is kept
     first, second = checkpoint(chain.specialists["liver"])["optimizer"]["param_groups"]
     assert second["initial_lr"] == pytest.approx(10 * first["initial_lr"])
 
@@ -74,6 +75,7 @@ def test_a_killed_run_resumes_and_ends_as_an_unbroken_one(fresh):
     assert f"resumed after epoch {epoch}" in result.stdout + result.stderr
     a, b = checkpoint(unbroken), checkpoint(broken)
     assert (a["epoch"], a["best_epoch"]) == (b["epoch"], b["best_epoch"]) == (4, a["best_epoch"])
+    assert a["best_epoch"] > 1  # never the frozen epoch, whose task vector would be zero
     assert a["best"] == pytest.approx(b["best"], abs=1e-6)
     for name in a["network"]:
         torch.testing.assert_close(a["network"][name], b["network"][name], rtol=1e-5, atol=1e-6)

@@ -29,13 +29,28 @@ class NormConv(nn.Module):
         return self.dropout(self.conv(self.groupnorm(x)))
 
 
+class PointwiseConv3d(nn.Conv3d):
+    """A 1x1x1 convolution that always answers in the channels-last memory format.
+
+    A one-channel image has no format of its own, so that ``Conv3d`` would answer in the contiguous one, and the whole
+    first level would be converted back and forth.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        channels_last = nn.functional.linear(input.permute(0, 2, 3, 4, 1), self.weight.flatten(1), self.bias)
+        return channels_last.permute(0, 4, 1, 2, 3)
+
+
 class ResidualBlock(nn.Module):
     """Two ``NormConv`` around a residual that is taken after the 1x1x1 convolution which changes the channels."""
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float) -> None:
         super().__init__()
         same = in_channels == out_channels
-        self.conv1 = nn.Identity() if same else nn.Conv3d(in_channels, out_channels, kernel_size=1)
+        self.conv1 = nn.Identity() if same else PointwiseConv3d(in_channels, out_channels)
         self.conv2 = NormConv(out_channels, dropout)
         self.conv3 = NormConv(out_channels, dropout)
 

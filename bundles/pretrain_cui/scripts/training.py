@@ -1,8 +1,11 @@
-"""Ignite handlers that MONAI lacks: reproducible epochs, gradient clipping, a frozen start, resumable checkpoints."""
+"""Ignite handlers that MONAI lacks: reproducible epochs, gradient clipping, a frozen start, resumable checkpoints …"""
 
 from __future__ import annotations
 
+import ctypes
+import math
 import os
+import platform
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +19,8 @@ from monai.data.utils import set_rnd
 from monai.engines import Evaluator, IterationEvents
 from monai.utils import set_determinism
 from torch import nn
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 
 class SeedEpochs:
@@ -33,6 +38,22 @@ class SeedEpochs:
         seed = (self.seed + 1000 * engine.state.epoch + rank) % 2**31
         set_determinism(seed=seed, use_deterministic_algorithms=None)
         set_rnd(self.dataset, seed=seed)
+
+
+class ReuseMemory:
+    """Keep freed memory for the next step instead of giving it back to the system, where the C library can (glibc).
+
+    A step on 3D patches allocates tensors so large that each is mapped anew, and cleared page by page, at every step.
+    """
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine | None = None) -> None:
+        if platform.libc_ver()[0] == "glibc":
+            mallopt = ctypes.CDLL("libc.so.6").mallopt
+            mallopt(M_MMAP_MAX, 0)
+            mallopt(M_TRIM_THRESHOLD, -1)
 
 
 class ClipGradients:
@@ -74,9 +95,9 @@ class FreezeBackbone:
 class ResumableCheckpoint:
     """Keep the best model and, after every epoch, all that a killed run needs to go on as if nothing had happened.
 
-    The best model (tensors only) is written to ``model_path`` whenever the validation metric improves; the state of the
-    run to ``checkpoint_path``, from which the next start resumes. Both are written to a temporary name and renamed;
-    in distributed training by the first process only.
+    The best model (tensors only) is written to ``model_path`` whenever the validation metric improves, and after the last
+    epoch when no model was written before; the state of the run to ``checkpoint_path``, from which the next start resumes.
+    Both are written to a temporary name and renamed; in distributed training by the first process only.
 
     Args:
         network: a plain module (not wrapped for distributed training).
@@ -85,6 +106,7 @@ class ResumableCheckpoint:
         validator: evaluator with a key metric, where larger is better; run before this handler at the end of an epoch.
         model_path: for the best model.
         checkpoint_path: for the state of the run.
+        frozen_epochs: epochs whose models are not chosen, because the backbone is still that of the starting point.
         resume: go on from ``checkpoint_path`` when it exists.
 
     Raises:
@@ -99,12 +121,14 @@ class ResumableCheckpoint:
         validator: Engine,
         model_path: str,
         checkpoint_path: str,
+        frozen_epochs: int = 0,
         resume: bool = True,
     ) -> None:
         self.parts = {"network": network, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
         self.validator = validator
         self.model_path = Path(model_path)
         self.checkpoint_path = Path(checkpoint_path)
+        self.frozen_epochs = frozen_epochs
         self.resume = resume
         self.best: float | None = None
         self.best_epoch = 0
@@ -136,13 +160,17 @@ class ResumableCheckpoint:
         engine.logger.info(f"resumed after epoch {engine.state.epoch} from {self.checkpoint_path}")
 
     def __call__(self, engine: Engine) -> None:
+        score = None
         if self.validated:
-            score = float(self.validator.state.metrics[self.validator.state.key_metric_name])
-            if score == score and (self.best is None or score > self.best):
-                self.best, self.best_epoch = score, engine.state.epoch
-                weights = self.parts["network"].state_dict()
-                self._write({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, self.model_path)
+            metric = float(self.validator.state.metrics[self.validator.state.key_metric_name])
+            score = None if math.isnan(metric) else metric
             self.validated = False
+        eligible = score is not None and engine.state.epoch > self.frozen_epochs
+        better = eligible and (self.best is None or score > self.best)
+        if better or (self.best_epoch == 0 and engine.state.epoch == engine.state.max_epochs):
+            self.best, self.best_epoch = score, engine.state.epoch
+            weights = self.parts["network"].state_dict()
+            self._write({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, self.model_path)
         state = {name: part.state_dict() for name, part in self.parts.items()}
         self._write(
             {**state, "epoch": engine.state.epoch, "best": self.best, "best_epoch": self.best_epoch},
