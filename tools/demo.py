@@ -65,6 +65,7 @@ def demo(
     pretrain_epochs: int = 0,
     finetune_epochs: int = 0,
     patch_size: int = 0,
+    batch_size: int = 0,
     seed: int = 0,
 ) -> None:
     """Run the whole chain and write a table (Dice per task) and one picture per test case. A stopped run goes on.
@@ -80,11 +81,14 @@ def demo(
         pretrain_epochs: default: the overlay's, and 6 for the phantom.
         finetune_epochs: default: the overlay's, and 4 for the phantom.
         patch_size: edge of the training patches and inference windows, voxels, other than the overlay's.
+        batch_size: patches per training step; default: the overlay's, and 1 for the phantom, which gives it more steps in
+            the same time.
         seed: of the phantom, the split and the training.
     """
     root = Path(output)
     settings = {"dataset_dir": str(dataset_dir), "pretrain_bundle": pretrain_bundle, "overlay": overlay, "seed": seed}
-    settings |= {"patch_size": patch_size, "pretrain_epochs": pretrain_epochs, "finetune_epochs": finetune_epochs}
+    settings |= {"pretrain_epochs": pretrain_epochs, "finetune_epochs": finetune_epochs}
+    settings |= {"patch_size": patch_size, "batch_size": batch_size}
     _same_settings(root / "settings.json", settings)
     steps = Steps(root / "logs")
     started = time.time()
@@ -92,7 +96,7 @@ def demo(
         cohorts = _real_cohorts(Path(dataset_dir), root, seed)
     else:
         cohorts = _phantom_cohorts(steps, root, seed)
-        pretrain_epochs, finetune_epochs = pretrain_epochs or 6, finetune_epochs or 4
+        pretrain_epochs, finetune_epochs, batch_size = pretrain_epochs or 6, finetune_epochs or 4, batch_size or 1
     wanted = _tasks(tasks, cohorts.finetune, phantom=not dataset_dir)
 
     print("\n1. a starting point: pre-train on all organs of the first patients")
@@ -100,11 +104,12 @@ def demo(
     setup = {"bundle": BUNDLES / pretrain_bundle, "dataset_dir": cohorts.pretrain, "overlay": overlay}
     setup |= {"patch_size": patch_size} if patch_size else {}
     steps.run("pretrain_setup", tools("new_pretraining", **setup, output=start), start)
-    settings = {"split_file": cohorts.splits / "pretrain.json", "seed": seed}
+    training = {"seed": seed} | ({"batch_size": batch_size} if batch_size else {})
+    settings = {"split_file": cohorts.splits / "pretrain.json", **training}
     settings |= {"max_epochs": pretrain_epochs} if pretrain_epochs else {}
     steps.run("pretrain", train(start, **settings), start / "models" / "model.pt", ["pretrain_setup"])
 
-    settings = {"split_file": cohorts.splits / "finetune.json", "seed": seed}
+    settings = {"split_file": cohorts.splits / "finetune.json", **training}
     settings |= {"max_epochs": finetune_epochs} if finetune_epochs else {}
     for task, labels in wanted.items():
         print(f"\n2. a specialist for {task}: fine-tune on other patients, share the task vector")
