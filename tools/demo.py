@@ -87,9 +87,9 @@ def demo(
     """
     root = Path(output)
     settings = {"dataset_dir": str(dataset_dir), "pretrain_bundle": pretrain_bundle, "overlay": overlay, "seed": seed}
-    settings |= {"pretrain_epochs": pretrain_epochs, "finetune_epochs": finetune_epochs}
-    settings |= {"patch_size": patch_size, "batch_size": batch_size}
-    _same_settings(root / "settings.json", settings)
+    sizes = {"pretrain_epochs": pretrain_epochs, "finetune_epochs": finetune_epochs}
+    sizes |= {"patch_size": patch_size, "batch_size": batch_size}
+    _same_settings(root / "settings.json", settings | sizes)
     steps = Steps(root / "logs")
     started = time.time()
     if dataset_dir:
@@ -102,18 +102,16 @@ def demo(
     print("\n1. a starting point: pre-train on all organs of the first patients")
     start = root / "pretrain"
     setup = {"bundle": BUNDLES / pretrain_bundle, "dataset_dir": cohorts.pretrain, "overlay": overlay}
-    setup |= {"patch_size": patch_size} if patch_size else {}
-    steps.run("pretrain_setup", tools("new_pretraining", **setup, output=start), start)
-    training = {"seed": seed} | ({"batch_size": batch_size} if batch_size else {})
-    settings = {"split_file": cohorts.splits / "pretrain.json", **training}
-    settings |= {"max_epochs": pretrain_epochs} if pretrain_epochs else {}
-    steps.run("pretrain", train(start, **settings), start / "models" / "model.pt", ["pretrain_setup"])
+    steps.run("pretrain_setup", tools("new_pretraining", **setup, **given(patch_size=patch_size), output=start), start)
+    overrides = {"split_file": cohorts.splits / "pretrain.json", "seed": seed}
+    overrides |= given(max_epochs=pretrain_epochs, batch_size=batch_size)
+    steps.run("pretrain", train(start, **overrides), start / "models" / "model.pt", ["pretrain_setup"])
 
-    settings = {"split_file": cohorts.splits / "finetune.json", **training}
-    settings |= {"max_epochs": finetune_epochs} if finetune_epochs else {}
+    overrides = {"split_file": cohorts.splits / "finetune.json", "seed": seed}
+    overrides |= given(max_epochs=finetune_epochs, batch_size=batch_size)
     for task, labels in wanted.items():
         print(f"\n2. a specialist for {task}: fine-tune on other patients, share the task vector")
-        _specialist(steps, root, cohorts, task, labels, overlay, settings)
+        _specialist(steps, root, cohorts, task, labels, overlay, overrides)
 
     print("\n3. merge the task vectors")
     vectors = [_vector(root, task) for task in wanted]
@@ -143,7 +141,7 @@ def _specialist(
     task: str,
     labels: Sequence,
     overlay: str,
-    settings: Mapping[str, object],
+    overrides: Mapping[str, object],
 ) -> None:
     """Fine-tune one task and take its task vector."""
     start, folder, step = root / "pretrain", root / "specialists" / _slug(task), f"specialist_{_slug(task)}"
@@ -152,7 +150,7 @@ def _specialist(
         overlay=overlay, output=folder,
     )  # fmt: skip
     steps.run(f"{step}_setup", setup, folder, ["pretrain"])
-    steps.run(step, train(folder, **settings), folder / "models" / "model.pt", [f"{step}_setup"])
+    steps.run(step, train(folder, **overrides), folder / "models" / "model.pt", [f"{step}_setup"])
     diff = tools("diff", pretrained=start, finetuned=folder, output=_vector(root, task))
     steps.run(f"{step}_diff", diff, _vector(root, task), [step])
 
@@ -212,6 +210,11 @@ class Steps:
             print(text)
         print(f"  {time.time() - began:.0f} s")
         done.write_text(line)
+
+
+def given(**values: int) -> dict[str, int]:
+    """The values that a user gave; zero means the bundle's own."""
+    return {name: value for name, value in values.items() if value}
 
 
 def tools(command: str, **flags: object) -> list[object]:
