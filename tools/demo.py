@@ -268,9 +268,9 @@ def _phantom_cohorts(steps: Steps, root: Path, seed: int) -> Cohorts:
     first, second = root / "data" / "Dataset001_PhantomNative", root / "data" / "Dataset002_PhantomPortal"
     print("\n0. simulated patients of two hospitals")
     steps.run("data1", tools("phantom", output=first, population="native", cases=16, seed=seed), first)
-    steps.run("data2", tools("phantom", output=second, population="portal", cases=16, seed=seed + 1), second)
+    steps.run("data2", tools("phantom", output=second, population="portal", cases=14, seed=seed + 1), second)
     names = list(all_cases(second))
-    parts = {"train": names[:8], "val": names[8:10], "test": names[10:]}
+    parts = {"train": names[:6], "val": names[6:8], "test": names[8:]}
     _write_splits(root / "splits", make_folds(list(all_cases(first)), seed)[0], parts)
     return Cohorts(first, second, root / "splits")
 
@@ -351,6 +351,8 @@ def _compare(root: Path, wanted: Mapping[str, Sequence], cohorts: Cohorts) -> st
         image = LoadImage(ensure_channel_first=True)(files[case]["image"])
         picture = root / "overlays" / f"{case}.png"
         draw_case(np.asarray(image[0]), np.asarray(image.affine), columns, picture, title=case)
+    if not scores:
+        raise UserError(f"none of the test patients has any of the tasks' labels: {', '.join(wanted)}")
     means = {title: {task: float(np.mean(values)) for task, values in tasks.items()} for title, tasks in scores.items()}
     (root / "results.json").write_text(json.dumps({"test_cases": cases, "mean_dice": means, "dice": scores}, indent=2))
     return results_table(means, len(cases))

@@ -1,4 +1,4 @@
-"""Ignite handlers that MONAI lacks: reproducible epochs, gradient clipping, a frozen start, resumable checkpoints …"""
+"""Ignite handlers that MONAI lacks: seeded epochs, reused memory, gradient clipping, a frozen start, resumable checkpoints."""
 
 from __future__ import annotations
 
