@@ -66,12 +66,11 @@ def chain(tmp_path_factory, phantom_dataset) -> Chain:
     labels = "{liver: liver, spleen: spleen, vertebrae: vertebrae}"
     run(
         "tools", "new_pretraining", "--bundle", ROOT / "bundles" / "pretrain_amos", "--dataset_dir", phantom_dataset,
-        "--output", pretrain, "--overlay", "small", "--labels", labels,
+        "--output", pretrain, "--overlay", "small", "--labels", labels, "--patch_size", 32,
     )  # fmt: skip
     for config in ("train.json", "inference.json"):
         path = pretrain / "configs" / config
-        text = path.read_text().replace('"width": 16', '"width": 8').replace("[48, 48, 48]", "[32, 32, 32]")
-        path.write_text(text)
+        path.write_text(path.read_text().replace('"width": 16', '"width": 8'))
     train(pretrain, *[word for key in ("patches_per_volume", "max_epochs") for word in (f"--{key}", QUICK[key])])
     specialists, vectors = {}, {}
     for task in ("liver", "spleen"):
