@@ -303,18 +303,20 @@ def _write_splits(folder: Path, pretrain: Mapping, finetune: Mapping) -> None:
         (folder / f"{name}.json").write_text(json.dumps([parts], indent=4))
 
 
-def _masks(root: Path, wanted: Mapping[str, Sequence], cohorts: Cohorts, case: str) -> dict[str, dict[str, np.ndarray]]:
+def _masks(
+    root: Path, wanted: Mapping[str, Sequence], cohorts: Cohorts, case: str, label_file: str
+) -> dict[str, dict[str, np.ndarray]]:
     """The organs of each task in a test case: reference, starting point, specialists and merges, by column title."""
     import nibabel
     from monai.transforms import LoadImage
 
     from tools.bundle import Bundle
-    from tools.bundle_code.nnunet_data import all_cases, label_values
+    from tools.bundle_code.nnunet_data import label_values
 
     def label_map(bundle: str) -> np.ndarray:
         return np.asarray(nibabel.load(root / "evaluation" / "label_maps" / bundle / f"{case}.nii.gz").dataobj)
 
-    truth = np.asarray(LoadImage(ensure_channel_first=True)(all_cases(cohorts.finetune)[case]["label"])[0])
+    truth = np.asarray(LoadImage(ensure_channel_first=True)(label_file)[0])
     values = dict(zip(wanted, label_values(cohorts.finetune, wanted)))
     columns = {"reference": {task: np.isin(truth, values[task]) for task in wanted}}
     start = label_map("pretrain")
@@ -342,7 +344,7 @@ def _compare(root: Path, wanted: Mapping[str, Sequence], cohorts: Cohorts) -> st
     (root / "overlays").mkdir(exist_ok=True)
     scores: dict[str, dict[str, list[float]]] = {}
     for case in tqdm(cases, desc="pictures", disable=None, leave=False):
-        columns = _masks(root, wanted, cohorts, case)
+        columns = _masks(root, wanted, cohorts, case, files[case]["label"])
         for title in list(columns)[1:]:
             for task in wanted:
                 score = dice(columns[title][task], columns["reference"][task])
