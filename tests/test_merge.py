@@ -85,7 +85,7 @@ def test_merged_bundle_records_where_it_comes_from(chain, tmp_path):
     lineage = metadata["lineage"]
     assert lineage["method"] == "average"
     assert [v["task"] for v in lineage["vectors"]] == ["liver", "spleen"]
-    assert lineage["pretrained_sha256"] == TaskVector.load(chain.vectors["liver"]).pretrained_sha256
+    assert lineage["pretrained_sha256"] == TaskVector(chain.vectors["liver"]).facts.pretrained_sha256
     recipe = yaml.safe_load((chain.merged / "docs" / "recipe.yaml").read_text())
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(recipe))
     run("tools", "merge", "--recipe", tmp_path / "again.yaml", "--output", tmp_path / "again")
@@ -161,13 +161,15 @@ def test_damaged_vectors_are_refused(chain, tmp_path):
         refused(run("tools", "merge", *arguments, check=False), "bad.safetensors", *words)
     save_file({"x": np.zeros(3)}, tmp_path / "plain.safetensors")
     with pytest.raises(UserError, match="not a task vector"):
-        TaskVector.load(tmp_path / "plain.safetensors")
+        TaskVector(tmp_path / "plain.safetensors")
 
-    def nan(tensors, metadata):
-        tensors["backbone/encoders.0.basic_module.conv1.bias"][3] = np.nan
+    def slightly(tensors, metadata):
+        tensors["backbone/encoders.0.basic_module.conv1.bias"][3] += 1e-6
 
-    with pytest.raises(UserError, match=r"encoders.0.basic_module.conv1.bias has NaN"):
-        TaskVector.load(changed(chain, tmp_path, nan))
+    bad = changed(chain, tmp_path, slightly)
+    arguments = ["--pretrained", chain.pretrain, "--vectors", bad, "--output", tmp_path / "m"]
+    words = ["changed.safetensors is damaged", "tensor encoders.0.basic_module.conv1.bias"]
+    refused(run("tools", "merge", *arguments, check=False), *words)
     assert sorted(os.listdir(tmp_path)) == ["bad.safetensors", "changed.safetensors", "plain.safetensors"]
 
 
@@ -211,6 +213,52 @@ def test_existing_output_is_kept_unless_told_otherwise(chain, tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     refused(merge(chain, tmp_path / "mine", ["liver"], "--overwrite", check=False), "not an older output")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_the_plan_of_a_merge_without_the_merge(chain, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "pretrained": str(chain.pretrain),
+                "vectors": [str(path) for path in chain.vectors.values()],
+                "method": "task_arithmetic",
+                "overrides": [{"tensors": "decoders.*", "parameters": {"scale": 0.1}}],
+                "exclude": ["encoders.0.*"],
+            }
+        )
+    )
+    lines = run("tools", "merge", "--recipe", tmp_path / "recipe.yaml", "--dry_run").stdout.splitlines()
+    assert lines[0] == "task_arithmetic, 2 task vectors, output channels: background, liver, spleen"
+    rows = {line.split()[0]: line for line in lines[2:]}
+    assert "starting point" in rows["encoders.0"] and "scale" not in rows["encoders.0"]
+    assert rows["encoders.1"].endswith("scale=0.4") and rows["decoders.0"].endswith("scale=0.1")
+    assert os.listdir(tmp_path) == ["recipe.yaml"]
+
+
+def test_merged_weights_in_half_precision(chain, tmp_path):
+    whole = Bundle(chain.merged).state()
+    for dtype in (torch.float16, torch.bfloat16):
+        recipe = yaml.safe_load((chain.merged / "docs" / "recipe.yaml").read_text()) | {"dtype": str(dtype)[6:]}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        run("tools", "merge", "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "m", "--overwrite")
+        half = Bundle(tmp_path / "m").state()
+        assert all(torch.equal(half[name], tensor.to(dtype)) for name, tensor in whole.items())
+
+
+def test_diff_merge_and_inspect_need_neither_torch_nor_monai(chain, tmp_path):
+    """Their seconds of imports, and gigabytes of installation, are for training and running networks."""
+    (tmp_path / "torch.py").write_text("raise ImportError('torch is not installed here')")
+    (tmp_path / "monai.py").write_text("raise ImportError('monai is not installed here')")
+    path = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    vector, bundle = tmp_path / "v.safetensors", tmp_path / "m"
+    specialist = chain.specialists["liver"]
+    run("tools", "diff", "--pretrained", chain.pretrain, "--finetuned", specialist, "--output", vector, **path)
+    assert vector.read_bytes() == chain.vectors["liver"].read_bytes()
+    run("tools", "merge", "--pretrained", chain.pretrain, "--vectors", vector, "--output", bundle, **path)
+    run("tools", "inspect", vector, bundle, specialist, **path)
+    names = [line.split()[0] for line in run("tools", "merge", "--list", **path).stdout.splitlines()]
+    assert names[:3] == ["average", "task_arithmetic", "ties"]
+    assert "share of each task vector's entries" in run("tools", "merge", "--list", "--method", "ties", **path).stdout
 
 
 def test_an_unknown_flag_is_refused_before_anything_happens(chain, tmp_path):

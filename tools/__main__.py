@@ -66,12 +66,13 @@ def _check_flags(command, arguments: list[str]) -> None:
     """Refuse unknown and missing flags before anything runs; fire would run the command first and complain afterwards."""
     known = inspect.signature(command).parameters
     flags = [a[2:].split("=")[0].replace("-", "_") for a in arguments if a.startswith("--")]
-    required = [n for n, p in known.items() if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
+    required = [n for n, p in known.items() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if not arguments or arguments[0].startswith("-"):  # nothing is given by position
         missing = [f"--{name}" for name in required if name not in flags]
         if missing:
             raise UserError(f"{', '.join(missing)} missing; see python -m tools {command.__name__} --help")
-    for flag in flags:
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())  # the command checks the others itself
+    for flag in [] if open_ended else flags:
         if flag not in known and flag.removeprefix("no") not in known:
             raise UserError(
                 f"unknown flag --{flag}{nearest(flag, known)}; see python -m tools {command.__name__} --help"

@@ -6,11 +6,13 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from tools.errors import UserError
+from tools.network import Structure, describe
+from tools.weights_file import WeightsFile
 
 
 class Bundle:
@@ -57,6 +59,16 @@ class Bundle:
     def model_file(self) -> Path:
         return self.path / "models" / "model.pt"
 
+    def weights(self) -> WeightsFile:
+        """The weights, to be read piece by piece.
+
+        Raises:
+            UserError: there are none, or the file is damaged.
+        """
+        if not self.model_file.is_file():
+            raise UserError(f"{self.model_file} not found: train the bundle first")
+        return WeightsFile(self.model_file)
+
     def state(self) -> dict[str, Any]:
         """The weights by name, as torch tensors.
 
@@ -101,6 +113,8 @@ class Bundle:
         """
         if key not in self.inference:
             raise UserError(f"{self.path}/configs/inference.json has no {key!r}")
+        with suppress(_NeedsMonai):
+            return _looked_up(self.inference[key], self.inference)
         parser = self.parser()
         parser.resolve_macro_and_relative_ids()
         with self.code():
@@ -108,6 +122,67 @@ class Bundle:
 
     def network_def(self) -> dict[str, Any]:
         return self.resolved("network_def")
+
+    def structure(self) -> Structure:
+        """What the network's tensors are: as recorded when the bundle was made, or else found by building the network.
+
+        Raises:
+            UserError: the network cannot be built, or its head cannot be found.
+        """
+        recorded = self.metadata.get("lineage", {}).get("structure")
+        if recorded and self._fits(structure := Structure(**recorded)):
+            return structure
+        network_def = self.network_def()
+        try:
+            with self.code():
+                return describe(network_def)
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from None
+
+    def _fits(self, structure: Structure) -> bool:
+        """Whether a recorded structure is that of the weights: somebody may have changed the network since."""
+        if not self.model_file.is_file():
+            return True
+        entries = self.weights().entries
+        return {*structure.head, *structure.transposed, *structure.statistics} <= set(entries) and all(
+            axis < len(entries[name].shape) and entries[name].shape[axis] == 1 + len(self.labels)
+            for name, axis in structure.head.items()
+        )
+
+
+class _NeedsMonai(Exception):
+    """A config has more than plain values and references to them."""
+
+
+def _looked_up(value: Any, config: dict[str, Any], depth: int = 0) -> Any:
+    """A part of a config with references to plain entries replaced, without the seconds that importing MONAI takes.
+
+    Raises:
+        _NeedsMonai: it has expressions, macros, or references into entries.
+    """
+    if isinstance(value, dict):
+        if "_requires_" in value:
+            raise _NeedsMonai
+        return {k: _looked_up(v, config, depth) for k, v in value.items() if k != "_disabled_"}
+    if isinstance(value, list):
+        kept = [v for v in value if not (isinstance(v, dict) and _disabled(v.get("_disabled_", False), config))]
+        return [_looked_up(v, config, depth) for v in kept]
+    if not isinstance(value, str) or not value.startswith(("@", "$", "%")):
+        return value
+    target = config.get(value[1:]) if value.startswith("@") and depth < 9 else None
+    if target is None or isinstance(target, dict):
+        raise _NeedsMonai
+    return _looked_up(target, config, depth + 1)
+
+
+def _disabled(value: Any, config: dict[str, Any]) -> bool:
+    """What ``_disabled_`` says: true, false, or the usual ``$@spacing is None``."""
+    if isinstance(value, bool):
+        return value
+    match = re.fullmatch(r"\$@(\w+) is None", value) if isinstance(value, str) else None
+    if match is None or match[1] not in config:
+        raise _NeedsMonai
+    return config[match[1]] is None
 
 
 def _plain(parser: Any, key: str, value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -10,8 +10,10 @@ from tools import __version__
 from tools.bundle import Bundle
 from tools.errors import UserError
 from tools.lineage import backbone_sha256
+from tools.network import Structure
 from tools.output import complete_output
-from tools.task_vector import TaskVector
+from tools.task_vector import Facts, save_task_vector
+from tools.weights_file import WeightsFile
 
 
 def diff(pretrained: str, finetuned: str, output: str, task: str = "", overwrite: bool = False) -> None:
@@ -21,63 +23,48 @@ def diff(pretrained: str, finetuned: str, output: str, task: str = "", overwrite
         pretrained: the starting point, a bundle with weights.
         finetuned: the specialist, a bundle with weights.
         output: the file to write, usually <task>.safetensors.
-        task: name of the task; default: as recorded in the specialist.
+        task: name of the task; default: as recorded in the specialist, else its labels.
         overwrite: replace the output if it exists.
-    """
-    vector = task_vector(Bundle(pretrained), Bundle(finetuned), task)
-    with complete_output(output, overwrite) as path:
-        vector.save(path)
-    size = sum(tensor.nbytes for tensor in vector.backbone.values()) / 2**20
-    print(
-        f"{output}: task {vector.task}, {len(vector.backbone)} tensors, {size:.1f} MiB, channels {', '.join(vector.labels)}"
-    )
-
-
-def task_vector(pretrained: Bundle, finetuned: Bundle, task: str = "") -> TaskVector:
-    """The task vector of a specialist.
-
-    Args:
-        pretrained: the starting point.
-        finetuned: the specialist.
-        task: its name; default: as recorded in the specialist, else its labels.
 
     Raises:
         UserError: the backbones differ in a tensor's name or shape, the specialist says that it started elsewhere, or
             the head is not one linear layer per output.
     """
-    from tools.bundle_code.heads import find_head
-
-    network_def = finetuned.network_def()
-    try:
-        with finetuned.code():
-            head_axes = find_head(network_def)
-    except Exception as error:
-        raise UserError(f"{finetuned.path}: {error}") from None
-    before, after = pretrained.state(), finetuned.state()
-    _check_backbones(pretrained, before, finetuned, after, head_axes)
-    lineage = finetuned.metadata.get("lineage", {})
-    pretrained_sha256 = backbone_sha256(before, head_axes)
+    start, specialist = Bundle(pretrained), Bundle(finetuned)
+    structure = specialist.structure()
+    before, after = start.weights(), specialist.weights()
+    _check_backbones(start, before, specialist, after, structure)
+    lineage = specialist.metadata.get("lineage", {})
+    pretrained_sha256 = backbone_sha256(before, structure)
     if lineage.get("pretrained_sha256", pretrained_sha256) != pretrained_sha256:
         raise UserError(
-            f"{finetuned.path} was fine-tuned from {lineage.get('pretrained')} "
-            f"({lineage['pretrained_sha256'][:12]}), not from {pretrained.path} ({pretrained_sha256[:12]})"
+            f"{specialist.path} was fine-tuned from {lineage.get('pretrained')} "
+            f"({lineage['pretrained_sha256'][:12]}), not from {start.path} ({pretrained_sha256[:12]})"
         )
-    vector = TaskVector(
-        task=task or lineage.get("task") or "+".join(finetuned.labels),
-        labels=finetuned.labels,
-        label_map=finetuned.label_map,
+    facts = Facts(
+        task=str(task or lineage.get("task") or "+".join(specialist.labels)),
+        labels=specialist.labels,
+        label_map=specialist.label_map,
         pretrained_sha256=pretrained_sha256,
-        finetuned_sha256=backbone_sha256(after, head_axes),
-        network_def=network_def,
-        head_axes=head_axes,
-        pretrained_name=pretrained.name,
+        finetuned_sha256=backbone_sha256(after, structure),
+        network_def=specialist.network_def(),
+        structure=structure,
+        pretrained_name=start.name,
         tool_version=__version__,
-        head={name: canonical_head(after[name].float().numpy(), axis) for name, axis in head_axes.items()},
     )
-    for name, tensor in before.items():
-        if name not in head_axes and tensor.is_floating_point():
-            vector.set_delta(name, tensor.float().numpy(), after[name].float().numpy())
-    return vector
+    backbone = {n: e for n, e in before.entries.items() if n not in structure.head and n not in structure.aliases}
+    floating = [name for name, entry in backbone.items() if entry.is_floating]
+
+    def pairs() -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        for name in floating:
+            yield name, before.array(name).astype(np.float32), after.array(name).astype(np.float32)
+
+    head = {name: canonical_head(after.array(name).astype(np.float32), axis) for name, axis in structure.head.items()}
+    buffers = {name: after.array(name) for name in backbone if name not in floating}
+    with complete_output(output, overwrite) as path:
+        save_task_vector(path, facts, pairs(), head, buffers)
+    size = 4 * sum(backbone[name].size for name in floating) / 2**20
+    print(f"{output}: task {facts.task}, {len(floating)} tensors, {size:.1f} MiB, channels {', '.join(facts.labels)}")
 
 
 def canonical_head(tensor: np.ndarray, axis: int) -> np.ndarray:
@@ -89,13 +76,19 @@ def canonical_head(tensor: np.ndarray, axis: int) -> np.ndarray:
 
 
 def _check_backbones(
-    pretrained: Bundle, before: dict[str, Any], finetuned: Bundle, after: dict[str, Any], head: dict[str, int]
+    pretrained: Bundle, before: WeightsFile, finetuned: Bundle, after: WeightsFile, structure: Structure
 ) -> None:
-    shapes = [{name: tuple(t.shape) for name, t in state.items() if name not in head} for state in (before, after)]
-    if shapes[0] == shapes[1]:
-        return
-    name = next(n for n in [*shapes[0], *shapes[1]] if shapes[0].get(n) != shapes[1].get(n))
-    raise UserError(
-        f"{pretrained.path} and {finetuned.path} are not the same network: tensor {name} is "
-        f"{shapes[0].get(name, 'missing')} in the first and {shapes[1].get(name, 'missing')} in the second"
-    )
+    shapes = [{n: e.shape for n, e in w.entries.items() if n not in structure.head} for w in (before, after)]
+    if shapes[0] != shapes[1]:
+        name = next(n for n in [*shapes[0], *shapes[1]] if shapes[0].get(n) != shapes[1].get(n))
+        raise UserError(
+            f"{pretrained.path} and {finetuned.path} are not the same network: tensor {name} is "
+            f"{shapes[0].get(name, 'missing')} in the first and {shapes[1].get(name, 'missing')} in the second"
+        )
+    for name, axis in structure.head.items():
+        shape = after.entries[name].shape if name in after.entries else ()
+        if len(shape) <= axis or shape[axis] != 1 + len(finetuned.labels):
+            raise UserError(
+                f"{finetuned.model_file}: head tensor {name} does not have 1 + {len(finetuned.labels)} output channels, "
+                "one for each label in metadata.json and one for the background"
+            )

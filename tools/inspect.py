@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from tools.bundle import Bundle
 from tools.errors import UserError
+from tools.lineage import backbone_sha256
 from tools.task_vector import TaskVector
 
 
@@ -29,7 +31,7 @@ def inspect(*paths: str, json: bool = False) -> None:
         if Path(str(path)).is_dir():
             facts.append(describe_bundle(Bundle(path)))
         else:
-            vectors.append(TaskVector.load(path))
+            vectors.append(TaskVector(path))
             facts.append({"path": str(path), **describe_vector(vectors[-1])})
     result: dict[str, Any] = {"items": facts}
     if len(vectors) > 1:
@@ -48,40 +50,43 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
         "weights": None,
     }
     if bundle.model_file.is_file():
-        from tools.bundle_code.heads import find_head
-        from tools.lineage import backbone_sha256
-
-        state = bundle.state()
-        with bundle.code():
-            head = find_head(bundle.network_def())
+        weights, structure = bundle.weights(), bundle.structure()
         facts["weights"] = {
-            "tensors": len(state),
-            "parameters": sum(tensor.numel() for tensor in state.values()),
+            "tensors": len(weights.entries),
+            "parameters": sum(
+                e.size for n, e in weights.entries.items() if n not in structure.aliases and e.is_floating
+            ),
             "MiB": round(bundle.model_file.stat().st_size / 2**20, 2),
-            "head": list(head),
-            "backbone_sha256": backbone_sha256(state, head),
+            "head": list(structure.head),
+            "backbone_sha256": backbone_sha256(weights, structure),
         }
     return facts
 
 
 def describe_vector(vector: TaskVector) -> dict[str, Any]:
     """Labels, lineage and size of a task vector, and its norm for each part of the network."""
-    blocks: dict[str, float] = {}
-    for name, tensor in vector.backbone.items():
-        block = ".".join(name.split(".")[:2])
-        blocks[block] = blocks.get(block, 0.0) + float(np.square(tensor, dtype=np.float64).sum())
+    squares: dict[str, float] = {}
+    for name in vector.tensors:
+        part = part_of(name)
+        squares[part] = squares.get(part, 0.0) + sum(_dot(block.values, block.values) for block in vector.blocks(name))
     return {
         "kind": "task vector",
         "task": vector.task,
-        "labels": vector.labels,
-        "label_map": vector.label_map,
-        "pretrained": vector.pretrained_name,
-        "pretrained_sha256": vector.pretrained_sha256,
-        "tool_version": vector.tool_version,
-        "parameters": sum(tensor.size for tensor in vector.backbone.values()),
-        "norm": float(np.sqrt(sum(blocks.values()))),
-        "norm_by_block": {block: float(np.sqrt(square)) for block, square in blocks.items()},
+        "labels": vector.facts.labels,
+        "label_map": vector.facts.label_map,
+        "pretrained": vector.facts.pretrained_name,
+        "pretrained_sha256": vector.facts.pretrained_sha256,
+        "sha256": vector.sha256,
+        "tool_version": vector.facts.tool_version,
+        "parameters": sum(prod(tensor.shape) for tensor in vector.tensors.values()),
+        "norm": float(np.sqrt(sum(squares.values()))),
+        "norm_by_block": {part: float(np.sqrt(square)) for part, square in squares.items()},
     }
+
+
+def part_of(name: str) -> str:
+    """The part of the network that a tensor belongs to: "encoders.0" of "encoders.0.basic_module.conv1.weight"."""
+    return ".".join(name.split(".")[:2])
 
 
 def conflicts(vectors: Sequence[TaskVector]) -> dict[str, Any]:
@@ -90,22 +95,33 @@ def conflicts(vectors: Sequence[TaskVector]) -> dict[str, Any]:
     Raises:
         UserError: they are not of the same network.
     """
-    names = list(vectors[0].backbone)
-    if any(
-        {n: t.shape for n, t in v.backbone.items()} != {n: t.shape for n, t in vectors[0].backbone.items()}
-        for v in vectors
-    ):
+    shapes = [{name: tensor.shape for name, tensor in vector.tensors.items()} for vector in vectors]
+    if any(other != shapes[0] for other in shapes):
         raise UserError("these task vectors are not of the same network")
-    flat = [np.concatenate([vector.backbone[name].ravel() for name in names]) for vector in vectors]
-    norms = [max(float(np.linalg.norm(f)), 1e-30) for f in flat]
-    cosine = [[float(np.dot(a, b)) / (na * nb) for b, nb in zip(flat, norms)] for a, na in zip(flat, norms)]
-    sign = [[float(np.mean(np.sign(a) * np.sign(b) < 0)) for b in flat] for a in flat]
+    count = len(vectors)
+    products, opposite, entries = np.zeros((count, count)), np.zeros((count, count)), 0
+    for name in vectors[0].tensors:
+        for blocks in zip(*(vector.blocks(name) for vector in vectors), strict=True):
+            values = [block.values for block in blocks]
+            entries += values[0].size
+            for i, a in enumerate(values):
+                products[i, i] += _dot(a, a)
+                for j in range(i):
+                    products[i, j] += _dot(a, values[j])
+                    opposite[i, j] += np.count_nonzero(np.sign(a) * np.sign(values[j]) < 0)
+    for matrix in (products, opposite):
+        matrix += np.tril(matrix, -1).T
+    norms = np.sqrt(np.maximum(np.diag(products), 1e-60))
     return {
         "tasks": [vector.task for vector in vectors],
-        "same_start": len({vector.pretrained_sha256 for vector in vectors}) == 1,
-        "cosine": cosine,
-        "sign_conflict": sign,
+        "same_start": len({vector.facts.pretrained_sha256 for vector in vectors}) == 1,
+        "cosine": (products / np.outer(norms, norms)).tolist(),
+        "sign_conflict": (opposite / max(entries, 1)).tolist(),
     }
+
+
+def _dot(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.dot(a, b))
 
 
 def _as_text(result: dict[str, Any]) -> str:

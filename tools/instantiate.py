@@ -10,6 +10,7 @@ from typing import Any
 
 from tools.bundle import Bundle, read_json, write_json
 from tools.errors import UserError
+from tools.network import Structure, output_argument
 from tools.vendor import named_modules, with_imports
 
 LEFT_OUT = ("models", "checkpoints", "eval", "__pycache__", "splits_final.json")
@@ -40,8 +41,6 @@ def set_labels(output: Path, label_map: Mapping[str, list[int | str]]) -> None:
         if "labels" in config:
             config["labels"] = dict(label_map)
         elif "network_def" in config:
-            from tools.bundle_code.heads import output_argument
-
             config["network_def"][output_argument(config["network_def"])] = count
         write_json(path, config)
     path = output / "configs" / "metadata.json"
@@ -70,28 +69,19 @@ def set_values(output: Path, values: Mapping[str, Any]) -> None:
         raise UserError(f"{output}: neither train.json nor inference.json has {', '.join(sorted(unknown))}")
 
 
-def set_starting_point(output: Path, pretrained: Bundle, out_channels: int) -> dict[str, int]:
+def set_starting_point(output: Path, pretrained: Bundle, structure: Structure, out_channels: int) -> None:
     """Give a template the network, preprocessing and patch size of a starting point, and the code that they need.
 
     Args:
         output: the bundle to change, with the template's own scripts/.
         pretrained: the starting point.
+        structure: of its network.
         out_channels: of the network.
 
-    Returns:
-        The head: its tensor names, each with the axis that counts output channels.
-
     Raises:
-        UserError: the head cannot be found, or code is missing.
+        UserError: code is missing.
     """
-    from tools.bundle_code.heads import find_head, output_argument
-
     network_def = pretrained.network_def()
-    try:
-        with pretrained.code():
-            head = find_head(network_def)
-    except Exception as error:
-        raise UserError(f"{pretrained.path}: {error}") from None
     network_def[output_argument(network_def)] = out_channels
     preprocessing = pretrained.resolved("preprocessing")
     for config, path in _configs(output, CONFIGS_WITH_NETWORK):
@@ -102,7 +92,7 @@ def set_starting_point(output: Path, pretrained: Bundle, out_channels: int) -> d
         config["preprocessing"] = preprocessing
         config["patch_size"] = _patch_size(pretrained)
         if "head" in config:
-            config["head"] = list(head)
+            config["head"] = list(structure.head)
         if "dataset" in config:
             config["dataset"]["data"]["channels"] = pretrained.in_channels
         write_json(path, config)
@@ -116,7 +106,6 @@ def set_starting_point(output: Path, pretrained: Bundle, out_channels: int) -> d
     ]["pred"]["spatial_shape"]
     write_json(path, metadata)
     _assemble_scripts(output, pretrained, json.dumps([network_def, preprocessing]))
-    return head
 
 
 def _patch_size(pretrained: Bundle) -> list[int]:

@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
+
+from tools.network import Structure
+from tools.weights_file import BLOCK, WeightsFile
 
 
-def backbone_sha256(state: Mapping[str, Any], head: Iterable[str]) -> str:
-    """SHA-256 over a state dict without its head, independent of the order of its tensors.
+def backbone_sha256(weights: WeightsFile, structure: Structure) -> str:
+    """SHA-256 over the tensors of a file without head and aliases, independent of their order.
 
     Hashed are, sorted by name, each tensor's name, dtype, shape and little-endian bytes.
-
-    Args:
-        state: torch tensors by name.
-        head: names that are left out.
     """
-    import torch
-
     digest = hashlib.sha256()
-    skip = set(head)
-    for name in sorted(set(state) - skip):
-        tensor = state[name].detach().cpu().contiguous()
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        digest.update(f"{name}\0{dtype}\0{','.join(map(str, tensor.shape))}\0".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    for name in sorted(set(weights.entries) - set(structure.head) - set(structure.aliases)):
+        entry = weights.entries[name]
+        digest.update(f"{name}\0{entry.dtype}\0{','.join(map(str, entry.shape))}\0".encode())
+        for start in range(0, entry.size, BLOCK):
+            digest.update(weights.bytes(name, start, min(start + BLOCK, entry.size)))
     return digest.hexdigest()
-
-
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

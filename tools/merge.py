@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,15 @@ import yaml
 
 from tools import __version__
 from tools.bundle import Bundle
-from tools.errors import UserError
+from tools.errors import UserError, nearest
+from tools.instantiate import copy_template, set_labels, set_starting_point, update_metadata
+from tools.lineage import backbone_sha256
+from tools.merge_engine import MergeEngine, merged_buffers
 from tools.merge_methods import METHODS
 from tools.output import complete_output
 from tools.recipe import Recipe
 from tools.task_vector import TaskVector
+from tools.weights_file import DTYPES, WeightsFile, to_bytes, write_torch
 
 TEMPLATE = Path(__file__).parents[1] / "bundles" / "merged_inference"
 
@@ -26,12 +33,11 @@ def merge(
     pretrained: str = "",
     vectors: str | Sequence[str] = (),
     method: str = "average",
-    scale: object = None,
-    density: float | None = None,
-    scope: str | None = None,
     other_start: bool = False,
+    dry_run: bool = False,
     list: bool = False,
     overwrite: bool = False,
+    **parameters: object,
 ) -> None:
     """Merge task vectors onto their starting point and write a bundle that runs at once.
 
@@ -40,31 +46,33 @@ def merge(
         recipe: YAML file with pretrained, vectors, method and parameters; instead of the flags below.
         pretrained: the starting point, a bundle with weights.
         vectors: task vector files, separated by commas, in the order of the output channels.
-        method: average, task_arithmetic or ties; see --list.
-        scale: the method's scaling coefficient λ, one number or one per task: "0.3,0.5".
-        density: the method's share of entries to keep.
-        scope: the method's scope, "global" or "tensor".
+        method: a merge method; see --list.
+        parameters: the method's own, each a flag: --scale 0.4, or one number per task, --scale 0.3,0.5; see --list --method.
         other_start: merge vectors although they come from another starting point than the one given.
-        list: print the merge methods and stop.
+        dry_run: check everything, print what would be done with each part of the network, and write nothing.
+        list: print the merge methods, or with --method the description of one, and stop.
         overwrite: replace the output if it exists.
     """
     if list:
-        for name, entry in METHODS.items():
-            parameters = ", ".join(f"{key}={value}" for key, value in entry.defaults.items())
-            print(f"{name}({parameters}): {entry.summary} {entry.reference}.")
+        _print_methods(method if method != "average" else "")
         return
-    if not output:
+    if not output and not dry_run:
         raise UserError("--output is missing")
     if recipe:
+        if pretrained or vectors or parameters or method != "average":
+            raise UserError("--recipe has pretrained, vectors, method and parameters in it; leave those flags out")
         plan = Recipe.read(recipe)
     else:
-        flags = {"scale": _numbers(scale), "density": density, "scope": scope}
-        parameters = {name: value for name, value in flags.items() if value is not None}
-        plan = Recipe(pretrained, _paths(vectors), method, parameters)
-    merge_recipe(plan, output, other_start, overwrite)
+        if not pretrained:
+            raise UserError("--pretrained (or --recipe) is missing")
+        _check_names(method, parameters)
+        plan = Recipe(str(pretrained), _paths(vectors), method, {name: _value(v) for name, v in parameters.items()})
+    merge_recipe(plan, output, other_start, overwrite, dry_run)
 
 
-def merge_recipe(recipe: Recipe, output: str | Path, other_start: bool = False, overwrite: bool = False) -> None:
+def merge_recipe(
+    recipe: Recipe, output: str | Path, other_start: bool = False, overwrite: bool = False, dry_run: bool = False
+) -> None:
     """Carry out a recipe.
 
     Args:
@@ -72,34 +80,32 @@ def merge_recipe(recipe: Recipe, output: str | Path, other_start: bool = False, 
         output: folder of the merged bundle.
         other_start: accept vectors of another starting point.
         overwrite: replace the output if it exists.
+        dry_run: print the plan and write nothing.
 
     Raises:
         UserError: an input is missing, damaged, of another starting point or network, or two vectors have a label of
             the same name.
     """
-    import torch
-
-    from tools.instantiate import copy_template, set_labels, set_starting_point, update_metadata
-    from tools.lineage import backbone_sha256, file_sha256
-
     start = Bundle(recipe.pretrained)
-    vectors = [TaskVector.load(path) for path in recipe.vectors]
-    state = start.state()
-    head_axes = vectors[0].head_axes
-    sha256 = backbone_sha256(state, head_axes)
+    weights = start.weights()
+    vectors = [TaskVector(path) for path in recipe.vectors]
+    structure = vectors[0].facts.structure
     for path, vector in zip(recipe.vectors, vectors, strict=True):
-        _check_vector(path, vector, sha256, start, state, vectors[0], other_start)
+        _check_network(path, vector, start, weights, vectors[0], other_start)
     label_map = _stack_labels(recipe.vectors, vectors)
-
+    engine = MergeEngine(recipe, weights, vectors, other_start)
+    whole = {
+        name: stacked_head([v.head[name] for v in vectors], axis) for name, axis in structure.head.items()
+    } | merged_buffers(recipe.vectors, vectors)
+    if dry_run:
+        print(plan_table(engine, label_map))
+        return
     with complete_output(output, overwrite) as folder:
         copy_template(TEMPLATE, folder)
-        set_starting_point(folder, start, out_channels=1 + len(label_map))
+        set_starting_point(folder, start, structure, out_channels=1 + len(label_map))
         set_labels(folder, label_map)
-        merged = merged_backbone(recipe, state, vectors)
-        merged |= {name: stacked_head([v.head[name] for v in vectors], axis) for name, axis in head_axes.items()}
-        weights = {name: torch.from_numpy(np.ascontiguousarray(merged[name])) for name in state if name in merged}
-        weights |= {name: tensor for name, tensor in state.items() if name not in merged}
-        torch.save({name: weights[name] for name in state}, folder / "models" / "model.pt")
+        write_weights(folder / "models" / "model.pt", engine, whole)
+        sha256 = backbone_sha256(weights, structure) if other_start else vectors[0].facts.pretrained_sha256
         lineage = {
             "tool_version": __version__,
             "method": recipe.method,
@@ -107,10 +113,10 @@ def merge_recipe(recipe: Recipe, output: str | Path, other_start: bool = False, 
             "pretrained": start.name,
             "pretrained_sha256": sha256,
             "vectors": [
-                {"task": v.task, "file": Path(p).name, "sha256": file_sha256(p), "labels": v.labels}
+                {"task": v.task, "file": Path(p).name, "sha256": v.sha256, "labels": v.facts.labels}
                 for p, v in zip(recipe.vectors, vectors, strict=True)
             ],
-            "merged_sha256": backbone_sha256(weights, head_axes),
+            "structure": structure.as_dict(),
         }
         tasks = ", ".join(vector.task for vector in vectors)
         update_metadata(
@@ -125,33 +131,76 @@ def merge_recipe(recipe: Recipe, output: str | Path, other_start: bool = False, 
     print(f"{output}: {len(vectors)} task vectors merged by {recipe.method}, labels {', '.join(label_map)}")
 
 
-def merged_backbone(
-    recipe: Recipe, state: Mapping[str, Any], vectors: Sequence[TaskVector], progress: bool = True
-) -> dict[str, np.ndarray]:
-    """θ0 + the merged delta, tensor by tensor.
+def write_weights(path: Path, engine: MergeEngine, whole: Mapping[str, np.ndarray]) -> None:
+    """Write the merged ``model.pt``.
 
     Args:
-        recipe: gives method and parameters.
-        state: the starting point, torch tensors by name.
-        vectors: their backbones are merged.
-        progress: show a progress bar on a terminal.
-
-    Returns:
-        The merged tensors by name, in the starting point's dtype; only those that the vectors have.
+        path: the file.
+        engine: merges the backbone.
+        whole: the other tensors: stacked head and integer buffers.
     """
-    import torch
     from tqdm import tqdm
 
-    entry = METHODS[recipe.method]
-    parameters = {**entry.defaults, **recipe.parameters}
-    if entry.prepare:
-        parameters |= entry.prepare([vector.backbone for vector in vectors], **parameters)
-    merged = {}
-    for name in tqdm(vectors[0].backbone, desc=recipe.method, disable=None if progress else True, leave=False):
-        base = state[name].double().numpy()
-        delta = entry.function(base, [vector.delta(name) for vector in vectors], **parameters)
-        merged[name] = torch.from_numpy(np.ascontiguousarray(base + delta)).to(state[name].dtype).numpy()
-    return merged
+    entries, aliases = engine.start.entries, engine.structure.aliases
+    layout = {}
+    for name, entry in entries.items():
+        first = aliases.get(name, name)
+        if first in whole:
+            dtype = engine.dtype(first) if entry.is_floating else entry.dtype
+            layout[name] = dtype, whole[first].shape
+        else:
+            layout[name] = engine.dtype(first), entry.shape
+
+    def data() -> Iterator[tuple[str, Iterator[np.ndarray]]]:
+        yield from engine.pieces()
+        for name, tensor in whole.items():
+            yield name, iter([to_bytes(tensor, layout[name][0])])
+
+    size = sum(prod(entries[name].shape) for name in engine.names)
+    with tqdm(total=size, desc=engine.method.name, unit_scale=True, disable=None, leave=False) as bar:
+
+        def counted(name: str, pieces: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+            for piece in pieces:
+                yield piece
+                bar.update(prod(entries[name].shape) * len(piece) // max(1, _bytes(layout[name])))
+
+        write_torch(path, layout, ((name, counted(name, pieces)) for name, pieces in data()), aliases)
+
+
+def plan_table(engine: MergeEngine, label_map: Mapping[str, object]) -> str:
+    """What would be done with each part of the network, for ``--dry_run``: a line per block of layers and treatment."""
+    lines = [
+        f"{engine.method.name}, {len(engine.vectors)} task vectors, output channels: background, {', '.join(label_map)}"
+    ]
+    treatments = {
+        "kept": "starting point",
+        "mean": "mean of the statistics",
+        "scaled mean": "scaled mean (no matrices)",
+        "merged": engine.method.name,
+    }
+
+    def key(name: str) -> tuple[str, str, str]:
+        treatment = engine.treatment(name)
+        values = engine.parameters_for(name) if treatment == "merged" else {}
+        return ".".join(name.split(".")[:2]), treatments[treatment], ", ".join(f"{k}={v}" for k, v in values.items())
+
+    rows = [("tensors of", "number", "entries", "treatment", "parameters")]
+    for (block, treatment, values), group in groupby(sorted(engine.names, key=key), key=key):
+        names = [*group]
+        entries = sum(prod(engine.start.entries[name].shape) for name in names)
+        rows.append((block, str(len(names)), f"{entries:,}", treatment, values))
+    rows.append(("head", str(len(engine.structure.head)), "", "stacked", ""))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row in rows:
+        cells = [
+            row[0].ljust(widths[0]),
+            row[1].rjust(widths[1]),
+            row[2].rjust(widths[2]),
+            row[3].ljust(widths[3]),
+            row[4],
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def stacked_head(heads: Sequence[np.ndarray], axis: int) -> np.ndarray:
@@ -166,38 +215,42 @@ def stacked_head(heads: Sequence[np.ndarray], axis: int) -> np.ndarray:
     return np.concatenate([background, *organs], axis=axis)
 
 
-def _check_vector(
-    path: str,
-    vector: TaskVector,
-    sha256: str,
-    start: Bundle,
-    state: Mapping[str, Any],
-    first: TaskVector,
-    other_start: bool,
+def _check_network(
+    path: str, vector: TaskVector, start: Bundle, weights: WeightsFile, first: TaskVector, other_start: bool
 ) -> None:
-    if vector.pretrained_sha256 != sha256 and not other_start:
+    """Refuse a vector of another network, or of another starting point than the first one, which the merge itself checks."""
+    structure = vector.facts.structure
+    if vector.facts.pretrained_sha256 != first.facts.pretrained_sha256 and not other_start:
+        names = [f"{v.facts.pretrained_name} {v.facts.pretrained_sha256[:12]}" for v in (vector, first)]
         raise UserError(
-            f"{path} (task {vector.task}) comes from another starting point: {vector.pretrained_name} "
-            f"{vector.pretrained_sha256[:12]}, not {start.name} {sha256[:12]}"
+            f"{path} (task {vector.task}) comes from another starting point than {first.path} (task {first.task}): "
+            f"{names[0]}, not {names[1]}"
         )
-    if vector.head_axes != first.head_axes:
-        raise UserError(f"{path} (task {vector.task}) has another kind of head than task {first.task}")
-    shapes = {name: tensor.shape for name, tensor in vector.backbone.items()}
-    floating = {n: tuple(t.shape) for n, t in state.items() if n not in vector.head_axes and t.is_floating_point()}
+    if structure != first.facts.structure:
+        raise UserError(f"{path} (task {vector.task}) has another kind of network or head than task {first.task}")
+    left_out = {*structure.head, *structure.aliases}
+    floating = {n: e.shape for n, e in weights.entries.items() if n not in left_out and e.is_floating}
+    shapes = {name: tensor.shape for name, tensor in vector.tensors.items()}
     if shapes != floating:
         name = next(n for n in [*shapes, *floating] if shapes.get(n) != floating.get(n))
-        raise UserError(f"{path} (task {vector.task}) does not fit {start.name}: tensor {name} differs in shape")
+        raise UserError(
+            f"{path} (task {vector.task}) comes from another starting point than {start.name}: tensor {name} is "
+            f"{shapes.get(name, 'missing')} in the first and {floating.get(name, 'missing')} in the second"
+        )
+    for name in structure.head:
+        if name in weights.entries:
+            weights.read(name)  # it is replaced, but a starting point with NaN in it is nobody's
 
 
 def _stack_labels(paths: Sequence[str], vectors: Sequence[TaskVector]) -> dict[str, list[int | str]]:
     label_map: dict[str, list[int | str]] = {}
     owner: dict[str, str] = {}
     for path, vector in zip(paths, vectors, strict=True):
-        for label in vector.labels:
+        for label in vector.facts.labels:
             if label.lower() in owner:
                 raise UserError(f"both {owner[label.lower()]} and {path} have a label {label!r}; labels must differ")
             owner[label.lower()] = path
-            label_map[label] = vector.label_map.get(label, [label])
+            label_map[label] = vector.facts.label_map.get(label, [label])
     return label_map
 
 
@@ -221,11 +274,33 @@ def _paths(vectors: Any) -> list[str]:
     return [item.strip() for item in items if item.strip()]
 
 
-def _numbers(scale: Any) -> float | list[float] | None:
-    if scale is None or isinstance(scale, int | float):
-        return scale
-    try:
-        items = scale.split(",") if isinstance(scale, str) else scale
-        return [float(item) for item in items]
-    except (TypeError, ValueError):
-        raise UserError(f"--scale must be one number, or one per task as in 0.3,0.5; got {scale!r}") from None
+def _check_names(method: str, parameters: Mapping[str, object]) -> None:
+    """Refuse a flag that is neither one of merge nor a parameter of the method."""
+    own = METHODS[method].parameters if method in METHODS else parameters
+    flags = [*inspect.signature(merge).parameters, *(name for entry in METHODS.values() for name in entry.parameters)]
+    for name in parameters:
+        if name not in own:
+            takes = f"the parameters of {method} are {', '.join(own)}" if own else f"{method} has no parameters"
+            raise UserError(f"unknown flag --{name}{nearest(name, set(flags) - {name})}; {takes}")
+
+
+def _value(value: Any) -> Any:
+    """A parameter from the command line as YAML would have it."""
+    return [*value] if isinstance(value, tuple) else value
+
+
+def _print_methods(name: str) -> None:
+    if name and name not in METHODS:
+        raise UserError(f"no merge method {name!r}{nearest(name, METHODS)}; there are {', '.join(METHODS)}")
+    if not name:
+        width = max(map(len, METHODS))
+        print("\n".join(f"{method.name.ljust(width)}  {method.summary}" for method in METHODS.values()))
+        return
+    method = METHODS[name]
+    print(f"{name}: {method.summary}\n{method.reference}")
+    for parameter in method.parameters.values():
+        print(f"  {parameter.name} = {parameter.default}: {parameter.help}")
+
+
+def _bytes(layout: tuple[str, tuple[int, ...]]) -> int:
+    return prod(layout[1]) * np.dtype(DTYPES[layout[0]]).itemsize

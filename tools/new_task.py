@@ -61,7 +61,7 @@ def new_task(
         overwrite: replace the output if it exists.
     """
     start = Bundle(pretrained)
-    state = start.state()
+    weights, structure = start.weights(), start.structure()
     if preset:
         if preset not in PRESETS:
             raise UserError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
@@ -72,7 +72,7 @@ def new_task(
     check_channels(dataset_dir, start)
     with complete_output(output, overwrite) as folder:
         copy_template(TEMPLATE, folder)
-        head = set_starting_point(folder, start, out_channels=1 + len(label_map))
+        set_starting_point(folder, start, structure, out_channels=1 + len(label_map))
         set_labels(folder, label_map)
         set_values(folder, {"dataset_dir": str(Path(dataset_dir).resolve())})
         apply_overlays(folder, overlay)
@@ -85,7 +85,12 @@ def new_task(
             task=f"Segmentation of {', '.join(label_map)}",
             data_source=f"nnU-Net dataset {dataset}; not distributed with the bundle",
             description=f"Fine-tuned from {start.name} on {dataset}; its task vector can be merged with others.",
-            lineage={"task": task, "pretrained": start.name, "pretrained_sha256": backbone_sha256(state, head)},
+            lineage={
+                "task": task,
+                "pretrained": start.name,
+                "pretrained_sha256": backbone_sha256(weights, structure),
+                "structure": structure.as_dict(),
+            },
         )
         facts = {"starting point": start.name, "dataset": dataset, "labels": ", ".join(label_map)}
         introduce(folder, f"Specialist: {task}", facts)

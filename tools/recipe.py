@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ import yaml
 
 from tools.errors import UserError, nearest
 from tools.merge_methods import METHODS
+
+Place = tuple[str | int, ...]  # of an entry: ("parameters", "density"), ("overrides", 0, "tensors")
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass
@@ -21,55 +25,155 @@ class Recipe:
         vectors: task vector files, in the order of their output channels.
         method: a merge method.
         parameters: of the method.
+        overrides: other parameters for some tensors, ``{tensors: "decoders.*", parameters: {scale: 0.2}}``; of several that
+            match a tensor, the last one holds.
+        include: patterns of the tensors that are merged.
+        exclude: patterns of tensors that stay those of the starting point.
+        dtype: of the merged weights; default: the starting point's.
     """
 
     pretrained: str
     vectors: list[str]
     method: str = "average"
     parameters: dict[str, Any] = field(default_factory=dict)
+    overrides: list[dict[str, Any]] = field(default_factory=list)
+    include: list[str] = field(default_factory=lambda: ["*"])
+    exclude: list[str] = field(default_factory=list)
+    dtype: str = ""
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise UserError(
-                f"no merge method {self.method!r}{nearest(self.method, METHODS)}; there are {', '.join(METHODS)}"
-            )
-        known = METHODS[self.method].defaults
-        for name in self.parameters:
-            if name not in known:
-                choice = f"it has {', '.join(known)}" if known else "it has none"
-                raise UserError(f"{self.method} has no parameter {name!r}{nearest(name, known)}; {choice}")
-        if not self.vectors:
-            raise UserError("no task vectors to merge")
+        check(asdict(self), lambda place: "")
 
     @classmethod
     def read(cls, path: str | Path) -> Recipe:
         """Read a recipe; relative paths in it are relative to its folder.
 
         Raises:
-            UserError: no such file, not YAML, an unknown or a missing entry.
+            UserError: no such file, not YAML, an unknown, double or missing entry, a wrong type, a value out of range; with
+                the number of the line.
         """
         try:
-            content = yaml.safe_load(Path(path).read_text())
+            text = Path(path).read_text()
+            node = yaml.compose(text, Loader=yaml.SafeLoader)
+            content = yaml.safe_load(text)
         except FileNotFoundError:
             raise UserError(f"recipe {path} not found") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise UserError(f"{path} is not YAML ({error})") from None
-        known = list(cls.__dataclass_fields__)
-        if not isinstance(content, dict):
-            raise UserError(f"{path} must have the entries {', '.join(known)}")
-        for name in content:
-            if name not in known:
-                raise UserError(
-                    f"{path}: unknown entry {name!r}{nearest(str(name), known)}; a recipe has {', '.join(known)}"
-                )
-        for name, kind in (("pretrained", str), ("vectors", list)):
-            if not isinstance(content.get(name), kind):
-                raise UserError(f"{path}: {name} must be a {'list' if kind is list else 'path'}")
-        content.update(parameters=content.get("parameters") or {})
+        lines: dict[Place, int] = {}
+        _note_lines(node, (), lines, path)
+
+        def where(place: Place) -> str:
+            while place and place not in lines:
+                place = place[:-1]
+            return f"{path}, line {lines[place]}: " if place else f"{path}: "
+
+        content = check(content, where)
         folder = Path(path).parent
         content["pretrained"] = str(folder / content["pretrained"])
-        content["vectors"] = [str(folder / str(vector)) for vector in content["vectors"]]
+        content["vectors"] = [str(folder / vector) for vector in content["vectors"]]
         return cls(**content)
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without what is left at its default."""
+        default = Recipe(self.pretrained, self.vectors)
+        named = ("pretrained", "vectors", "method")
+        return {k: v for k, v in asdict(self).items() if k in named or v != getattr(default, k)}
+
+
+def check(content: object, where: Callable[[Place], str]) -> dict[str, Any]:
+    """Refuse what is not a recipe.
+
+    Args:
+        content: what the YAML file has, or the same from the command line.
+        where: says at which line of which file an entry is, for messages.
+
+    Returns:
+        The content.
+
+    Raises:
+        UserError: one line that names the entry and the nearest valid name.
+    """
+    known = list(Recipe.__dataclass_fields__)
+    if not isinstance(content, dict):
+        raise UserError(f"{where(())}a recipe must have the entries {', '.join(known)}")
+    _known_names(content, known, (), where, "a recipe has")
+    _typed(content, "pretrained", str, "the path of a bundle", (), where)
+    _typed(content, "vectors", list, "a list of task vector files", (), where)
+    if not content["vectors"]:
+        raise UserError(f"{where(('vectors',))}no task vectors to merge")
+    for name in ("vectors", "include", "exclude"):
+        for position, item in enumerate(_typed(content, name, list, "a list", (), where, default=[])):
+            if not isinstance(item, str):
+                raise UserError(f"{where((name, position))}{name} must be text, got {item!r}")
+    method = _typed(content, "method", str, "the name of a merge method", (), where, default="average")
+    if method not in METHODS:
+        choice = f"{nearest(method, METHODS)}; there are {', '.join(METHODS)}"
+        raise UserError(f"{where(('method',))}no merge method {method!r}{choice}")
+    tasks = len(content["vectors"])
+    _check_parameters(
+        method, _typed(content, "parameters", dict, "a dictionary", (), where, default={}), tasks, (), where
+    )
+    for position, override in enumerate(_typed(content, "overrides", list, "a list", (), where, default=[])):
+        place = ("overrides", position)
+        if not isinstance(override, dict):
+            raise UserError(f"{where(place)}an override has the entries tensors and parameters, got {override!r}")
+        _known_names(override, ["tensors", "parameters"], place, where, "an override has")
+        _typed(override, "tensors", str, "a pattern of tensor names", place, where)
+        _check_parameters(
+            method, _typed(override, "parameters", dict, "a dictionary", place, where), tasks, place, where
+        )
+    dtype = _typed(content, "dtype", str, "text", (), where, default="")
+    if dtype and dtype not in DTYPES:
+        raise UserError(f"{where(('dtype',))}dtype must be {', '.join(DTYPES)}, got {dtype!r}{nearest(dtype, DTYPES)}")
+    return content
+
+
+def _check_parameters(
+    method: str, parameters: Mapping[str, Any], tasks: int, place: Place, where: Callable[[Place], str]
+) -> None:
+    for name, value in parameters.items():
+        try:
+            METHODS[method].check({name: value}, tasks)
+        except UserError as error:
+            raise UserError(f"{where((*place, 'parameters', name))}{error}") from None
+
+
+def _known_names(content: Mapping, known: list[str], place: Place, where: Callable[[Place], str], has: str) -> None:
+    for name in content:
+        if name not in known:
+            hint = f"{nearest(str(name), known)}; {has} {', '.join(known)}"
+            raise UserError(f"{where((*place, name))}unknown entry {name!r}{hint}")
+
+
+def _typed(
+    content: Mapping,
+    name: str,
+    kind: type,
+    what: str,
+    place: Place,
+    where: Callable[[Place], str],
+    default: Any = None,
+) -> Any:
+    value = content.get(name)
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, kind):
+        got = "it is missing" if name not in content else f"got {value!r}"
+        raise UserError(f"{where((*place, name))}{name} must be {what}; {got}")
+    return value
+
+
+def _note_lines(node: yaml.Node | None, place: Place, lines: dict[Place, int], path: str | Path) -> None:
+    """Note at which line each entry is; refuse one that is there twice, of which YAML would take the last."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*place, key.value)
+            if here in lines:
+                raise UserError(f"{path}, line {key.start_mark.line + 1}: {key.value!r} is there twice")
+            lines[here] = key.start_mark.line + 1
+            _note_lines(value, here, lines, path)
+    elif isinstance(node, yaml.SequenceNode):
+        for position, value in enumerate(node.value):
+            lines[(*place, position)] = value.start_mark.line + 1
+            _note_lines(value, (*place, position), lines, path)

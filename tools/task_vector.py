@@ -1,32 +1,37 @@
 """A task vector: what fine-tuning added to a starting point, with the head that it trained and its lineage.
 
-On disk it is one safetensors file. ``backbone/<name>`` holds finetuned - pretrained, ``head/<name>`` the whole head tensor
-in canonical form (background row zero); everything else is in the header. A float32 difference cannot always give the
-specialist back: where it does not, ``remainder/<name>`` holds the rounding error of the subtraction, itself a float32, and
-``remainder_index/<name>`` the entries, so that pretrained + τ is the specialist bit for bit
-(unless a weight changed its magnitude by more than 2**29).
+On disk it is one safetensors file, read block by block so that merging needs no more memory for a large network than for a
+small one. ``backbone/<name>`` holds τ = finetuned - pretrained, ``head/<name>`` the whole head tensor in canonical form
+(background row zero), ``buffer/<name>`` the specialist's integer buffers; everything else is in the header. A float32
+difference cannot always give the specialist back: where it does not, ``remainder/<name>`` holds the rounding error of the
+subtraction, itself a float32, and ``position/<name>`` where in its block, so that pretrained + τ is the specialist bit for bit
+(unless a weight changed its magnitude by more than 2**29). Each block has a checksum.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from xxhash import xxh3_64
 
 from tools.errors import UserError
+from tools.network import Structure
+from tools.weights_file import BLOCK, WeightsFile, check_finite
 
-FORMAT = "task-vector-1"  # the header's only entry: safetensors writes several in random order
-TENSORS = ("backbone", "head", "remainder", "remainder_index")
+FORMAT = "task-vector-2"  # the header's only entry: safetensors writes several in random order
 
 
-@dataclass
-class TaskVector:
-    """Task arithmetic's τ = θt - θ0 (Ilharco et al., ICLR 2023) and what is needed to use it.
+@dataclass(frozen=True)
+class Facts:
+    """What the header of a task vector says.
 
     Attributes:
         task: name of the task.
@@ -35,11 +40,7 @@ class TaskVector:
         pretrained_sha256: identity of the backbone that it was fine-tuned from.
         finetuned_sha256: identity of the fine-tuned backbone.
         network_def: the specialist's network.
-        head_axes: for each head tensor, the axis that counts output channels.
-        backbone: τ by tensor name, float32.
-        head: the trained head by tensor name, float32.
-        remainder: rounding errors of τ by tensor name, float32, at the flat positions ``remainder_index``.
-        remainder_index: see there.
+        structure: what its tensors are.
         pretrained_name: what the starting point was called; for people.
         tool_version: of the tools that wrote it.
     """
@@ -50,75 +51,253 @@ class TaskVector:
     pretrained_sha256: str
     finetuned_sha256: str
     network_def: dict[str, Any]
-    head_axes: dict[str, int]
+    structure: Structure
     pretrained_name: str = ""
     tool_version: str = ""
-    backbone: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
-    head: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
-    remainder: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
-    remainder_index: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
-    def set_delta(self, name: str, pretrained: np.ndarray, finetuned: np.ndarray) -> None:
-        """Set τ of one tensor from both float32 weights, with the remainder that makes it exact."""
-        delta = finetuned - pretrained
-        self.backbone[name] = delta
-        index = np.flatnonzero((pretrained + delta).ravel() != finetuned.ravel())
-        if index.size:
-            exact = finetuned.astype(np.float64).ravel()[index] - pretrained.ravel()[index]
-            self.remainder[name] = (exact - delta.ravel()[index]).astype(np.float32)
-            self.remainder_index[name] = index.astype(np.int32 if delta.size < 2**31 else np.int64)
 
-    def delta(self, name: str) -> np.ndarray:
-        """τ of one tensor, exactly: float64, the stored difference and its remainder together."""
-        delta = self.backbone[name].astype(np.float64)
-        if name in self.remainder:
-            delta.ravel()[self.remainder_index[name]] += self.remainder[name]
-        return delta
+@dataclass(frozen=True)
+class Block:
+    """A piece of one tensor of a task vector, flat.
 
-    def save(self, path: str | Path) -> None:
-        """Write the file. The same vector gives the same bytes."""
-        tensors = {f"{part}/{name}": t for part in TENSORS for name, t in getattr(self, part).items()}
-        facts = {name: value for name, value in vars(self).items() if name not in TENSORS}
-        save_file(tensors, path, metadata={FORMAT: json.dumps(facts, sort_keys=True)})
+    Attributes:
+        values: τ, float32.
+        positions: where τ alone is not exact, ascending.
+        remainders: what is missing there, float32.
+    """
 
-    @classmethod
-    def load(cls, path: str | Path) -> TaskVector:
-        """Read a task vector; tensors are copied into memory.
+    values: np.ndarray
+    positions: np.ndarray
+    remainders: np.ndarray
+
+    def exact(self) -> np.ndarray:
+        """τ with its remainder, float64."""
+        values = self.values.astype(np.float64)
+        values[self.positions] += self.remainders
+        return values
+
+
+def exact_where_needed(blocks: Sequence[Block]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Where at least one of several tasks' τ needs its remainder, and all of them exactly there, float64."""
+    size = blocks[0].values.size
+    needed = np.zeros(size, bool)
+    for block in blocks:
+        needed[block.positions] = True
+    where = np.flatnonzero(needed)
+    rank = np.empty(size, np.int32)
+    rank[where] = np.arange(where.size, dtype=np.int32)
+    exact = []
+    for block in blocks:
+        exact.append(block.values[where].astype(np.float64))
+        exact[-1][rank[block.positions]] += block.remainders
+    return where, exact
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """What the header says of one tensor of the backbone.
+
+    Attributes:
+        shape: its sizes.
+        remainders: for each block, how many.
+        checksums: for each block, of τ and its remainders.
+        pretrained: for each block, of the starting point's values.
+    """
+
+    shape: tuple[int, ...]
+    remainders: list[int]
+    checksums: list[str]
+    pretrained: list[str]
+
+
+class TaskVector:
+    """Task arithmetic's τ = θt - θ0 (Ilharco et al., ICLR 2023), read from its file.
+
+    Args:
+        path: the file.
+
+    Attributes:
+        facts: its header.
+        tensors: the backbone's tensors by name, in the network's order.
+        head: the trained head by tensor name, float32.
+        buffers: the specialist's integer buffers by name.
+        sha256: of all that it says; the tensors are in it by the identities of the two backbones.
+
+    Raises:
+        UserError: no such file, not a task vector, damaged, or a head that is not finite or does not match the labels.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._file = WeightsFile(path)
+        header = self._file.metadata.get(FORMAT)
+        if header is None:
+            older = next((name for name in self._file.metadata if name.startswith("task-vector-")), "")
+            hint = f"; it is a {older} of another version of the tools: make it again by diff" if older else ""
+            raise UserError(f"{path} is a safetensors file, but not a task vector ({FORMAT}){hint}")
+        try:
+            content = json.loads(header)
+            tensors = content.pop("tensors")
+            whole = content.pop("checksums")
+            content["structure"] = Structure(**content["structure"])
+            self.facts = Facts(**content)
+            self.tensors = {name: self._tensor(name, **entry) for name, entry in tensors.items()}
+            self.head = self._whole("head", self.facts.structure.head, whole)
+            self.buffers = self._whole(
+                "buffer", [n.removeprefix("buffer/") for n in whole if n[:7] == "buffer/"], whole
+            )
+            self._first = {name: np.cumsum([0, *tensor.remainders]).tolist() for name, tensor in self.tensors.items()}
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise UserError(f"{path} is damaged, or is not a task vector ({_reason(error)})") from None
+        channels = 1 + len(self.facts.labels)
+        for name, axis in self.facts.structure.head.items():
+            if self.head[name].ndim <= axis or self.head[name].shape[axis] != channels:
+                raise UserError(f"{path}: head tensor {name} does not have {channels} output channels")
+        digest = hashlib.sha256(header.encode())
+        for name in sorted(self.head):
+            digest.update(self.head[name].tobytes())
+        self.sha256 = digest.hexdigest()
+
+    @property
+    def task(self) -> str:
+        return self.facts.task
+
+    def block(self, name: str, number: int) -> Block:
+        """Entries ``number * BLOCK`` and on of a tensor of the backbone.
+
+        Values may be NaN or infinite: whoever uses them checks the result.
 
         Raises:
-            UserError: no such file, not a task vector, damaged, or with NaN or infinite values.
+            UserError: the file is damaged there.
         """
-        if not Path(path).is_file():
-            raise UserError(f"task vector {path} not found")
-        try:
-            with safe_open(path, framework="numpy") as file:
-                header = file.metadata() or {}
-                if FORMAT not in header:
-                    raise UserError(f"{path} is a safetensors file, but not a task vector ({FORMAT})")
-                vector = cls(**json.loads(header[FORMAT]))
-                for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                    part, _, name = key.partition("/")
-                    if part not in TENSORS:
-                        raise ValueError(f"unexpected tensor {key}")
-                    getattr(vector, part)[name] = file.get_tensor(key)
-        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-            raise UserError(f"{path} is damaged, or is not a task vector ({str(error).splitlines()[0]})") from None
-        vector.check(path)
-        return vector
+        tensor = self.tensors[name]
+        start, (first, last) = number * BLOCK, self._first[name][number : number + 2]
+        values = self._file.bytes(f"backbone/{name}", start, min(start + BLOCK, prod(tensor.shape)))
+        digest = xxh3_64(values)
+        positions = remainders = np.empty(0, np.uint8)
+        if last > first:
+            positions = self._file.bytes(f"position/{name}", first, last)
+            remainders = self._file.bytes(f"remainder/{name}", first, last)
+            digest.update(positions)
+            digest.update(remainders)
+        if digest.hexdigest() != tensor.checksums[number]:
+            raise UserError(f"{self.path} is damaged: tensor {name} is not what was written")
+        block = Block(values.view("<f4"), positions.view("<i4"), remainders.view("<f4"))
+        where = block.positions
+        if where.size and (where[0] < 0 or where[-1] >= block.values.size or (np.diff(where) <= 0).any()):
+            raise UserError(f"{self.path} is damaged: the remainder of tensor {name} does not fit it")
+        return block
 
-    def check(self, source: str | Path) -> None:
-        """Refuse NaN, infinite values and a head that does not match the labels.
+    def check_finite(self, name: str) -> None:
+        """Refuse NaN and infinite values in a tensor of the backbone.
 
         Raises:
             UserError: names the tensor.
         """
-        for name, tensor in [*self.backbone.items(), *self.head.items(), *self.remainder.items()]:
-            if not np.isfinite(tensor).all():
-                raise UserError(f"{source}: tensor {name} has NaN or infinite values")
-        for name, index in self.remainder_index.items():
-            size = self.backbone[name].size if name in self.backbone else 0
-            if index.size != self.remainder.get(name, index[:0]).size or (index < 0).any() or (index >= size).any():
-                raise UserError(f"{source}: the remainder of tensor {name} does not fit it")
-        for name, axis in self.head_axes.items():
-            if name not in self.head or self.head[name].shape[axis] != 1 + len(self.labels):
-                raise UserError(f"{source}: head tensor {name} does not have 1 + {len(self.labels)} output channels")
+        for block in self.blocks(name):
+            check_finite(block.values, self.path, name)
+            check_finite(block.remainders, self.path, name)
+
+    def came_from(self, name: str, number: int, pretrained: np.ndarray) -> bool:
+        """Whether these are the starting point's values, float32, of a block."""
+        return checksum(pretrained) == self.tensors[name].pretrained[number]
+
+    def sample(self, name: str) -> np.ndarray:
+        """A few entries from each block of a tensor, in little time: what they are read from is not checked."""
+        size = prod(self.tensors[name].shape)
+        starts = range(0, size, BLOCK)
+        pieces = [self._file.bytes(f"backbone/{name}", s, min(s + BLOCK // 16, size)).view("<f4")[::4] for s in starts]
+        return np.concatenate(pieces or [np.empty(0, np.float32)])
+
+    def blocks(self, name: str) -> Iterator[Block]:
+        return (self.block(name, number) for number in range(len(self.tensors[name].checksums)))
+
+    def delta(self, name: str) -> np.ndarray:
+        """τ of one whole tensor, exactly: float64, the stored difference and its remainder together.
+
+        Raises:
+            UserError: the file is damaged, or a value is NaN or infinite.
+        """
+        self.check_finite(name)
+        blocks = [block.exact() for block in self.blocks(name)]
+        return np.concatenate(blocks or [np.empty(0)]).reshape(self.tensors[name].shape)
+
+    def _tensor(self, name: str, remainders: list[int], checksums: list[str], pretrained: list[str]) -> Tensor:
+        entry = self._file.entries[f"backbone/{name}"]
+        lengths = {len(remainders), len(checksums), len(pretrained)}
+        if entry.dtype != "float32" or lengths != {-(-entry.size // BLOCK)} or min(remainders, default=0) < 0:
+            raise ValueError(f"tensor {name} has a wrong table of blocks")
+        if sum(remainders):
+            for part, dtype in (("position", "int32"), ("remainder", "float32")):
+                other = self._file.entries[f"{part}/{name}"]
+                if other.shape != (sum(remainders),) or other.dtype != dtype:
+                    raise ValueError(f"the remainder of tensor {name} does not fit it")
+        return Tensor(entry.shape, remainders, checksums, pretrained)
+
+    def _whole(self, part: str, names: Iterable[str], checksums: Mapping[str, str]) -> dict[str, np.ndarray]:
+        tensors = {}
+        for name in names:
+            key = f"{part}/{name}"
+            if checksum(self._file.bytes(key)) != checksums[key]:
+                raise UserError(f"{self.path} is damaged: tensor {name} is not what was written")
+            tensors[name] = self._file.array(key)
+        return tensors
+
+
+def save_task_vector(
+    path: str | Path,
+    facts: Facts,
+    backbone: Iterable[tuple[str, np.ndarray, np.ndarray]],
+    head: Mapping[str, np.ndarray],
+    buffers: Mapping[str, np.ndarray],
+) -> None:
+    """Write a task vector. The same content gives the same bytes.
+
+    Args:
+        path: the file.
+        facts: its header.
+        backbone: name, pretrained and finetuned of every floating-point tensor that is neither head nor alias, float32.
+        head: in canonical form, float32.
+        buffers: integer buffers of the specialist.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    tensors: dict[str, dict[str, list]] = {}
+    for name, pretrained, finetuned in backbone:
+        delta = np.asarray(finetuned - pretrained)
+        flat, before, after = delta.reshape(-1), pretrained.reshape(-1), finetuned.reshape(-1)
+        positions, remainders, checksums, starts = [], [], [], []
+        for start in range(0, flat.size, BLOCK):
+            part = slice(start, start + BLOCK)
+            where = np.flatnonzero(before[part] + flat[part] != after[part])
+            exact = after[part][where].astype(np.float64) - before[part][where]
+            positions.append(where.astype("<i4"))
+            remainders.append((exact - flat[part][where]).astype("<f4"))
+            checksums.append(checksum(flat[part], positions[-1], remainders[-1]))
+            starts.append(checksum(before[part]))
+        arrays[f"backbone/{name}"] = delta
+        if any(where.size for where in positions):
+            arrays[f"position/{name}"] = np.concatenate(positions)
+            arrays[f"remainder/{name}"] = np.concatenate(remainders)
+        counts = [where.size for where in positions]
+        tensors[name] = {"remainders": counts, "checksums": checksums, "pretrained": starts}
+    whole = {f"head/{n}": t for n, t in head.items()} | {f"buffer/{n}": t for n, t in buffers.items()}
+    header = {
+        **asdict(facts),
+        "structure": facts.structure.as_dict(),
+        "tensors": tensors,
+        "checksums": {key: checksum(np.asarray(tensor)) for key, tensor in whole.items()},
+    }
+    arrays |= {key: np.ascontiguousarray(tensor) for key, tensor in whole.items()}
+    save_file(arrays, path, metadata={FORMAT: json.dumps(header)})
+
+
+def checksum(*arrays: np.ndarray) -> str:
+    """XXH3 over the bytes of arrays: finds damage and mix-ups at the speed of memory, but no intent."""
+    digest = xxh3_64()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return digest.hexdigest()
+
+
+def _reason(error: Exception) -> str:
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error).splitlines()[0] if str(error) else ""

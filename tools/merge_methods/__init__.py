@@ -1,8 +1,6 @@
 """The merge methods: one function is one method, its keyword parameters are the recipe's schema."""
 
-from tools.merge_methods.average import average
+from tools.merge_methods import average, task_arithmetic, ties  # noqa: F401 - they register themselves
 from tools.merge_methods.registry import METHODS, MergeMethod
-from tools.merge_methods.task_arithmetic import task_arithmetic
-from tools.merge_methods.ties import ties
 
-__all__ = ["METHODS", "MergeMethod", "average", "task_arithmetic", "ties"]
+__all__ = ["METHODS", "MergeMethod"]

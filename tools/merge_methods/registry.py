@@ -1,17 +1,125 @@
-"""The table of merge methods that the decorator fills."""
+"""The table of merge methods that the decorator fills, and what their parameters may be.
+
+A method is a pure function ``(pretrained, deltas, *, parameters…) -> merged delta``, arrays of one tensor or of a part of it;
+its keyword parameters with their annotations are the recipe's schema, its docstring the reference.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import re
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 
-from tools.errors import UserError
+from tools.errors import UserError, nearest
 
-Vectors = Sequence[Mapping[str, np.ndarray]]
+Result = TypeVar("Result")
+Granularity = Literal["entries", "rows", "matrices"]
 METHODS: dict[str, MergeMethod] = {}
+
+
+@dataclass(frozen=True)
+class Within:
+    """The range of a number, for ``Annotated[float, Within(0, 1)]``.
+
+    Attributes:
+        low: the smallest value.
+        high: the largest one.
+        open: the smallest value itself is not allowed.
+        per_task: a list with one number for each task vector is allowed too.
+    """
+
+    low: float = -np.inf
+    high: float = np.inf
+    open: bool = False
+    per_task: bool = False
+
+    def __str__(self) -> str:
+        bounds = [f"{'above' if self.open else 'at least'} {self.low:g}"] if np.isfinite(self.low) else []
+        bounds += [f"at most {self.high:g}"] if np.isfinite(self.high) else []
+        return " and ".join(bounds) or "finite"
+
+    def __contains__(self, value: float) -> bool:
+        return np.isfinite(value) and (self.low < value if self.open else self.low <= value) and value <= self.high
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a method, as its signature and docstring say.
+
+    Attributes:
+        name: in recipes and on the command line.
+        default: its value when a recipe does not set it.
+        kind: float, int, bool, or the values of a Literal.
+        within: range of a number.
+        help: one sentence.
+    """
+
+    name: str
+    default: object
+    kind: type | tuple[str, ...]
+    within: Within
+    help: str
+
+    def check(self, value: object, method: str, tasks: int | None = None) -> None:
+        """Refuse a value that the method does not take.
+
+        Args:
+            value: from a recipe.
+            method: for the message.
+            tasks: how many task vectors there are, where that is known.
+
+        Raises:
+            UserError: of another type, out of range, or not one for each task.
+        """
+        if isinstance(self.kind, tuple):
+            if value not in self.kind:
+                hint = nearest(str(value), self.kind)
+                raise UserError(
+                    f"{method}: {self.name} must be {' or '.join(map(repr, self.kind))}, got {value!r}{hint}"
+                )
+        elif self.kind is bool:
+            if not isinstance(value, bool):
+                raise UserError(f"{method}: {self.name} must be true or false, got {value!r}")
+        elif isinstance(value, list | tuple) and self.within.per_task:
+            if tasks is not None and len(value) != tasks:
+                raise UserError(
+                    f"{method}: {self.name} must be one number, or one for each of the {tasks} task vectors; got {value}"
+                )
+            for number in value:
+                self._check_number(number, method)
+        elif not (value is None and self.default is None):
+            self._check_number(value, method)
+
+    def _check_number(self, value: object, method: str) -> None:
+        kinds = int if self.kind is int else int | float
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            what = "a whole number" if self.kind is int else "a number"
+            more = ", or one for each task" if self.within.per_task else ""
+            raise UserError(f"{method}: {self.name} must be {what}{more}; got {value!r}")
+        if value not in self.within:
+            raise UserError(f"{method}: {self.name} must be {self.within}, got {value}")
+
+
+class Deltas(Protocol):
+    """All of one task's τ, as the first look of a method sees it.
+
+    Attributes:
+        size: number of entries.
+    """
+
+    size: int
+
+    def scan(self, function: Callable[[np.ndarray], Result]) -> Iterator[Result]:
+        """The results of a function for all pieces, flat arrays, in order; computed side by side."""
+
+    def sample(self) -> np.ndarray:
+        """Some of the entries from everywhere, in little time."""
 
 
 @dataclass(frozen=True)
@@ -21,44 +129,80 @@ class MergeMethod:
     Attributes:
         name: what a recipe calls it.
         reference: paper.
-        function: ``(pretrained, deltas, **parameters) -> merged delta``, arrays of one tensor.
-        prepare: looks at the whole task vectors first and adds parameters, ``(vectors, **parameters) -> parameters``;
+        function: ``(pretrained, deltas, **parameters) -> merged delta``.
+        granularity: what the arrays are: "entries", flat pieces of any tensor; "rows", every tensor as outputs × the rest,
+            biases as one row; "matrices", only kernels and linear layers, as outputs × (input · k³) matrices, while the
+            others are averaged and multiplied by the parameter ``scale``.
+        prepare: looks at the whole task vectors first and adds parameters, ``(deltas, **parameters) -> parameters``;
             for methods with a threshold over all tensors.
     """
 
     name: str
     reference: str
     function: Callable[..., np.ndarray]
-    prepare: Callable[..., dict] | None = None
+    granularity: Granularity = "entries"
+    prepare: Callable[..., dict[str, object]] | None = None
 
     @property
     def summary(self) -> str:
         return inspect.getdoc(self.function).splitlines()[0]
 
     @property
+    def parameters(self) -> dict[str, Parameter]:
+        """What a recipe may set, by name."""
+        return parameters_of(self.function)
+
+    @property
     def defaults(self) -> dict[str, object]:
-        """The parameters that a recipe may set, with their defaults."""
-        parameters = inspect.signature(self.function).parameters.values()
-        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and not p.name.startswith("_")}
+        return {name: parameter.default for name, parameter in self.parameters.items()}
+
+    def check(self, values: Mapping[str, object], tasks: int | None = None) -> None:
+        """Refuse parameters that the method does not have, and values that it does not take.
+
+        Raises:
+            UserError: names the parameter, and the nearest one that there is.
+        """
+        known = self.parameters
+        for name, value in values.items():
+            if name not in known:
+                choice = f"it has {', '.join(known)}" if known else "it has none"
+                raise UserError(f"{self.name} has no parameter {name!r}{nearest(str(name), known)}; {choice}")
+            known[name].check(value, self.name, tasks)
 
 
-def merge_method(name: str, reference: str, prepare: Callable[..., dict] | None = None):
+def merge_method(
+    name: str,
+    reference: str,
+    granularity: Granularity = "entries",
+    prepare: Callable[..., dict[str, object]] | None = None,
+):
     """Register a function as a merge method."""
 
     def register(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
-        METHODS[name] = MergeMethod(name, reference, function, prepare)
+        METHODS[name] = MergeMethod(name, reference, function, granularity, prepare)
         return function
 
     return register
 
 
-def scales(scale: float | Sequence[float], count: int) -> list[float]:
-    """One scaling coefficient per task, from one for all or one for each.
+@cache
+def parameters_of(function: Callable) -> dict[str, Parameter]:
+    """The keyword parameters of a function that do not begin with an underscore."""
+    hints = typing.get_type_hints(function, include_extras=True)
+    texts = dict(re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", inspect.getdoc(function), re.MULTILINE))
+    found = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is not parameter.KEYWORD_ONLY or name.startswith("_"):
+            continue
+        hint, within = hints[name], Within()
+        if typing.get_origin(hint) is typing.Annotated:
+            hint, within = typing.get_args(hint)
+        kind = typing.get_args(hint) if typing.get_origin(hint) is Literal else hint
+        help = " ".join(texts[name].split())
+        found[name] = Parameter(name, parameter.default, kind, within, help)
+    return found
 
-    Raises:
-        UserError: as many coefficients as tasks are needed.
-    """
-    values = [float(s) for s in scale] if isinstance(scale, list | tuple) else [float(scale)] * count
-    if len(values) != count or not np.isfinite(values).all():
-        raise UserError(f"scale must be one number, or one for each of the {count} task vectors; got {scale}")
-    return values
+
+def per_task(value: float | Sequence[float], count: int) -> list[float]:
+    """One number for each task, from one for all or a list."""
+    return [float(v) for v in value] if isinstance(value, list | tuple) else [float(value)] * count

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
 
-from tools.merge_methods.registry import merge_method, scales
+from tools.merge_methods.average import weighted_sum
+from tools.merge_methods.registry import Within, merge_method, per_task
 
 
 @merge_method("task_arithmetic", reference="Ilharco et al., Editing Models with Task Arithmetic, ICLR 2023")
 def task_arithmetic(
-    pretrained: np.ndarray, deltas: Sequence[np.ndarray], *, scale: float | Sequence[float] = 0.4
+    pretrained: np.ndarray, deltas: Sequence[np.ndarray], *, scale: Annotated[float, Within(per_task=True)] = 0.4
 ) -> np.ndarray:
     """The sum of the task vectors, each times its scaling coefficient λ.
 
@@ -23,7 +25,4 @@ def task_arithmetic(
     Returns:
         The merged delta, of that shape.
     """
-    merged = np.zeros_like(deltas[0])
-    for delta, factor in zip(deltas, scales(scale, len(deltas)), strict=True):
-        merged += factor * delta
-    return merged
+    return weighted_sum(deltas, per_task(scale, len(deltas)))

@@ -1,0 +1,235 @@
+"""Runs a merge method over a whole network, piece by piece: the files are read once and little is held in memory."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from fnmatch import fnmatchcase
+from itertools import groupby
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from tools.errors import UserError
+from tools.merge_methods import METHODS
+from tools.merge_methods.registry import per_task
+from tools.recipe import Recipe
+from tools.task_vector import TaskVector, exact_where_needed
+from tools.weights_file import BLOCK, WeightsFile, is_finite, to_bytes
+
+THREADS = min(4, os.cpu_count() or 1)
+SMALLEST_VARIANCE = 1e-12
+
+
+class MergeEngine:
+    """Merges the backbones of task vectors onto their starting point.
+
+    Args:
+        recipe: method, parameters and which tensors take part.
+        start: weights of the starting point.
+        vectors: of the same network.
+        other_start: do not check that the first vector came from this starting point.
+    """
+
+    def __init__(
+        self, recipe: Recipe, start: WeightsFile, vectors: Sequence[TaskVector], other_start: bool = False
+    ) -> None:
+        keep_freed_memory()
+        self.recipe = recipe
+        self.other_start = other_start
+        self.method = METHODS[recipe.method]
+        self.start = start
+        self.vectors = vectors
+        self.structure = vectors[0].facts.structure
+        self.names = [name for name in start.entries if name in vectors[0].tensors]
+        self._prepared: dict[str, dict[str, Any]] = {}
+        self._parameters = {name: self.parameters_for(name) for name in self.names}
+
+    def dtype(self, name: str) -> str:
+        """Of a merged tensor."""
+        return self.recipe.dtype or self.start.entries[name].dtype
+
+    def treatment(self, name: str) -> str:
+        """What is done with a tensor: "kept", "mean" (statistics), "scaled mean" (no matrix), or "merged"."""
+        recipe = self.recipe
+        if not _matches(name, recipe.include) or _matches(name, recipe.exclude):
+            return "kept"
+        if name in self.structure.statistics:
+            return "mean"
+        matrix = self.structure.is_matrix(name, self.start.entries[name].shape)
+        return "scaled mean" if self.method.granularity == "matrices" and not matrix else "merged"
+
+    def parameters_for(self, name: str) -> dict[str, Any]:
+        """The method's parameters for one tensor."""
+        values = {**self.method.defaults, **self.recipe.parameters}
+        for override in self.recipe.overrides:
+            if fnmatchcase(name, override["tensors"]):
+                values |= override["parameters"]
+        return values
+
+    def prepare(self) -> None:
+        """Let a method with thresholds look at the task vectors first: at all of them, or with scope "tensor" at each."""
+        if self.method.prepare is None:
+            return
+        found: dict[str, dict[str, Any]] = {}
+        names = [name for name in self.names if self.treatment(name) == "merged"]
+        for name in names:
+            values = self._parameters[name]
+            alone = values.get("scope") == "tensor"
+            key = f"{name if alone else ''} {values}"
+            if key not in found:
+                deltas = [_Entries(vector, [name] if alone else names) for vector in self.vectors]
+                found[key] = self.method.prepare(deltas, **values)
+            self._prepared[name] = found[key]
+
+    def pieces(self) -> Iterator[tuple[str, Iterator[np.ndarray]]]:
+        """Name and bytes of every tensor of the merged backbone, in the starting point's order.
+
+        Raises:
+            UserError: an input is damaged, holds NaN or infinite values, or the result would.
+        """
+        self.prepare()
+        by_entries = self.method.granularity == "entries"
+        tasks = []
+        for name in self.names:
+            if by_entries and self.treatment(name) == "merged":
+                tasks += [(name, number) for number in range(len(self.vectors[0].tensors[name].checksums))]
+            else:
+                tasks.append((name, None))
+        # one core writes; and factorisations of whole matrices use all cores themselves
+        results = _in_order(self._piece, tasks, max(1, THREADS - 1) if by_entries else 1)
+        merged = dict.fromkeys(self.names)
+        for name, group in groupby(results, key=lambda result: result[0]):
+            merged.pop(name)
+            yield name, (data for _, data in group)
+        for name in merged:  # tensors without entries
+            yield name, iter(())
+
+    def _piece(self, task: tuple[str, int | None]) -> tuple[str, np.ndarray]:
+        name, number = task
+        with np.errstate(over="ignore", invalid="ignore"):
+            merged = self._whole(name) if number is None else self._block(name, number)
+            data = to_bytes(merged, self.dtype(name))
+            if not is_finite(merged.astype(np.float16) if self.dtype(name) == "float16" else merged):
+                for vector in self.vectors:
+                    vector.check_finite(name)
+                raise UserError(f"the merged tensor {name} has infinite values: the coefficients are too large")
+        return name, data
+
+    def _pretrained(self, name: str, number: int) -> np.ndarray:
+        """A block of the starting point, after checking that it is the one that the vectors came from."""
+        start = number * BLOCK
+        values = self.start.read(name, start, start + BLOCK)
+        vector = self.vectors[0]
+        if not self.other_start and not vector.came_from(name, number, values.astype(np.float32, copy=False)):
+            facts = vector.facts
+            raise UserError(
+                f"{vector.path} (task {vector.task}) comes from another starting point: {facts.pretrained_name} "
+                f"{facts.pretrained_sha256[:12]}, from which {self.start.path} differs in tensor {name}"
+            )
+        return values
+
+    def _block(self, name: str, number: int) -> np.ndarray:
+        """Entries of one tensor: in float32, and once more in float64 where float32 differences are not exact."""
+        pretrained = self._pretrained(name, number)
+        blocks = [vector.block(name, number) for vector in self.vectors]
+        merged = pretrained + self._apply(name, pretrained, [block.values for block in blocks])
+        if any(block.positions.size for block in blocks):
+            where, exact = exact_where_needed(blocks)
+            wide = pretrained[where].astype(np.float64)
+            merged[where] = wide + self._apply(name, wide, exact)
+        return merged
+
+    def _whole(self, name: str) -> np.ndarray:
+        """One whole tensor in float64."""
+        shape, treatment = self.start.entries[name].shape, self.treatment(name)
+        blocks = [self._pretrained(name, number) for number in range(len(self.vectors[0].tensors[name].checksums))]
+        pretrained = np.concatenate(blocks or [np.empty(0)]).reshape(shape).astype(np.float64)
+        if treatment == "kept":
+            return pretrained
+        deltas = [vector.delta(name) for vector in self.vectors]
+        if treatment == "mean":
+            merged = pretrained + np.mean(deltas, axis=0)
+            return np.maximum(merged, SMALLEST_VARIANCE) if name.endswith("running_var") else merged
+        if treatment == "scaled mean":
+            return pretrained + _scaled_mean(deltas, self._parameters[name].get("scale", 1.0))
+        arrays = [self.structure.as_matrices(name, array) for array in (pretrained, *deltas)]
+        groups = [self._apply(name, group[0], list(group[1:])) for group in zip(*arrays, strict=True)]
+        return pretrained + self.structure.from_matrices(name, np.stack(groups), shape)
+
+    def _apply(self, name: str, pretrained: np.ndarray, deltas: list[np.ndarray]) -> np.ndarray:
+        return self.method.function(pretrained, deltas, **self._parameters[name], **self._prepared.get(name, {}))
+
+
+def merged_buffers(paths: Sequence[object], vectors: Sequence[TaskVector]) -> dict[str, np.ndarray]:
+    """Integer buffers: counters of training steps become the largest one, all others must agree.
+
+    Raises:
+        UserError: names the buffer and two files that differ in it.
+    """
+    merged = {}
+    for name, first in vectors[0].buffers.items():
+        for path, vector in zip(paths, vectors, strict=True):
+            other = vector.buffers.get(name)
+            if name.endswith("num_batches_tracked"):
+                merged[name] = np.maximum(merged.get(name, first), other)
+            elif other is None or not np.array_equal(first, other):
+                raise UserError(f"{paths[0]} and {path} differ in the buffer {name}, which cannot be merged")
+            else:
+                merged[name] = first
+    return merged
+
+
+class _Entries:
+    """The entries of some of a task vector's tensors, for a method's first look."""
+
+    def __init__(self, vector: TaskVector, names: Sequence[str]) -> None:
+        self.vector = vector
+        self.names = names
+        self.size = sum(prod(vector.tensors[name].shape) for name in names)
+
+    def scan(self, function: Callable[[np.ndarray], Any]) -> Iterator[Any]:
+        tasks = [(name, n) for name in self.names for n in range(len(self.vector.tensors[name].checksums))]
+        return _in_order(lambda task: function(self.vector.block(*task).values), tasks, THREADS)
+
+    def sample(self) -> np.ndarray:
+        return np.concatenate([self.vector.sample(name) for name in self.names])
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory of one block for the next: clearing new pages takes longer than most arithmetic on them."""
+    with suppress(AttributeError, OSError):
+        library = ctypes.CDLL(None)
+        # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX
+        for parameter, value in ((-1, 2**30), (-2, 2**24), (-3, 2**30), (-8, 1)):
+            library.mallopt(parameter, value)
+
+
+def _in_order(function: Callable[[Any], Any], tasks: Iterable[Any], threads: int) -> Iterator[Any]:
+    """Like ``map``, a few tasks ahead in threads: NumPy, hashing and reading files let them run side by side."""
+    with ThreadPoolExecutor(threads) as executor:
+        waiting = deque()
+        try:
+            for task in tasks:
+                waiting.append(executor.submit(function, task))
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _scaled_mean(deltas: Sequence[np.ndarray], scale: Any) -> np.ndarray:
+    factors = per_task(scale, len(deltas))
+    return np.add.reduce([delta * factor for delta, factor in zip(deltas, factors)]) / len(deltas)
