@@ -41,6 +41,11 @@ START = "pretrained: b\nvectors: [a, c]\n"
             START + "method: ties\noverrides:\n- tensors: a\n  parameters: {denisty: 1}\n",
             "line 6: ties has no parameter 'denisty', did you mean 'density'?",
         ),
+        (START + "sparsify: dar\n", "line 3: no sparsifier 'dar', did you mean 'dare'?"),
+        (START + "sparsify: {method: dare, parameters: {density: 0}}\n", "line 3: dare: density must be above 0"),
+        (START + "sparsify: {methd: dare}\n", "line 3: unknown entry 'methd', did you mean 'method'?"),
+        (START + "postprocess:\n- lines\n- method: svcc\n", "line 5: no post-processor 'svcc', did you mean 'svc'?"),
+        (START + "seed: x\n", "line 3: seed must be a whole number; got 'x'"),
         (START + "exclude: [3]\n", "line 3: exclude must be text, got 3"),
         (
             START + "dtype: float61\n",
@@ -73,6 +78,7 @@ def test_a_recipe_survives_writing_and_reading(tmp_path):
     path.write_text(
         "pretrained: base\nvectors: [x/a.safetensors]\nmethod: task_arithmetic\nparameters: {scale: [0.5]}\n"
         "overrides: [{tensors: 'decoders.*', parameters: {scale: 0.1}}]\nexclude: ['*.bias']\ndtype: float16\n"
+        "sparsify: dare\npostprocess: [{method: lines, parameters: {first: 0.1}}, svc]\nseed: 3\n"
     )
     recipe = Recipe.read(path)
     assert recipe.pretrained == str(tmp_path / "base")

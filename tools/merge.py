@@ -18,7 +18,7 @@ from tools.errors import UserError, nearest
 from tools.instantiate import copy_template, set_labels, set_starting_point, update_metadata
 from tools.lineage import backbone_sha256
 from tools.merge_engine import MergeEngine, merged_buffers
-from tools.merge_methods import METHODS
+from tools.merge_methods import METHODS, POSTPROCESSORS, SPARSIFIERS
 from tools.output import complete_output
 from tools.recipe import Recipe
 from tools.task_vector import TaskVector
@@ -33,6 +33,9 @@ def merge(
     pretrained: str = "",
     vectors: str | Sequence[str] = (),
     method: str = "average",
+    sparsify: object = None,
+    postprocess: object = None,
+    seed: int = 0,
     other_start: bool = False,
     dry_run: bool = False,
     list: bool = False,
@@ -48,6 +51,9 @@ def merge(
         vectors: task vector files, separated by commas, in the order of the output channels.
         method: a merge method; see --list.
         parameters: the method's own, each a flag: --scale 0.4, or one number per task, --scale 0.3,0.5; see --list --method.
+        sparsify: a sparsifier in front of the method, with default parameters or as "{method: dare, parameters: {density: 0.3}}".
+        postprocess: corrections after the method, separated by commas, or each like --sparsify in a list.
+        seed: of the sparsifier.
         other_start: merge vectors although they come from another starting point than the one given.
         dry_run: check everything, print what would be done with each part of the network, and write nothing.
         list: print the merge methods, or with --method the description of one, and stop.
@@ -59,14 +65,16 @@ def merge(
     if not output and not dry_run:
         raise UserError("--output is missing")
     if recipe:
-        if pretrained or vectors or parameters or method != "average":
-            raise UserError("--recipe has pretrained, vectors, method and parameters in it; leave those flags out")
+        if pretrained or vectors or parameters or method != "average" or sparsify or postprocess or seed:
+            raise UserError("--recipe says what is merged and how; leave the flags for that out")
         plan = Recipe.read(recipe)
     else:
         if not pretrained:
             raise UserError("--pretrained (or --recipe) is missing")
         _check_names(method, parameters)
-        plan = Recipe(str(pretrained), _paths(vectors), method, {name: _value(v) for name, v in parameters.items()})
+        values = {name: _value(value) for name, value in parameters.items()}
+        steps = {"sparsify": sparsify or {}, "postprocess": _listed(postprocess), "seed": seed}
+        plan = Recipe(str(pretrained), _paths(vectors), method, values, **steps)
     merge_recipe(plan, output, other_start, overwrite, dry_run)
 
 
@@ -284,22 +292,33 @@ def _check_names(method: str, parameters: Mapping[str, object]) -> None:
             raise UserError(f"unknown flag --{name}{nearest(name, set(flags) - {name})}; {takes}")
 
 
+def _listed(value: Any) -> list[Any]:
+    if not value:
+        return []
+    return value.split(",") if isinstance(value, str) else [*value] if isinstance(value, list | tuple) else [value]
+
+
 def _value(value: Any) -> Any:
     """A parameter from the command line as YAML would have it."""
     return [*value] if isinstance(value, tuple) else value
 
 
 def _print_methods(name: str) -> None:
-    if name and name not in METHODS:
-        raise UserError(f"no merge method {name!r}{nearest(name, METHODS)}; there are {', '.join(METHODS)}")
-    if not name:
-        width = max(map(len, METHODS))
-        print("\n".join(f"{method.name.ljust(width)}  {method.summary}" for method in METHODS.values()))
+    tables = {"merge methods": METHODS, "sparsifiers": SPARSIFIERS, "post-processors": POSTPROCESSORS}
+    everything = {key: method for table in tables.values() for key, method in table.items()}
+    if name and name not in everything:
+        raise UserError(f"no method {name!r}{nearest(name, everything)}; see --list")
+    if name:
+        method = everything[name]
+        print(f"{name}: {method.summary}\n{method.reference}")
+        for parameter in method.parameters.values():
+            print(f"  {parameter.name} = {parameter.default}: {parameter.help}")
         return
-    method = METHODS[name]
-    print(f"{name}: {method.summary}\n{method.reference}")
-    for parameter in method.parameters.values():
-        print(f"  {parameter.name} = {parameter.default}: {parameter.help}")
+    width = max(map(len, everything))
+    for title, table in tables.items():
+        if title != "merge methods":
+            print(f"\n{title}")
+        print("\n".join(f"{method.name.ljust(width)}  {method.summary}" for method in table.values()))
 
 
 def _bytes(layout: tuple[str, tuple[int, ...]]) -> int:

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from tools.errors import UserError
-from tools.merge_methods import METHODS
+from tools.merge_methods import METHODS, POSTPROCESSORS, SPARSIFIERS
 from tools.merge_methods.registry import per_task
 from tools.recipe import Recipe
+from tools.sparsified import SparsifiedVector
 from tools.task_vector import TaskVector, exact_where_needed
 from tools.weights_file import BLOCK, WeightsFile, is_finite, to_bytes
 
@@ -44,11 +45,21 @@ class MergeEngine:
         self.other_start = other_start
         self.method = METHODS[recipe.method]
         self.start = start
-        self.vectors = vectors
         self.structure = vectors[0].facts.structure
         self.names = [name for name in start.entries if name in vectors[0].tensors]
+        self.vectors = vectors
+        if recipe.sparsify:
+            sparsifier, values = SPARSIFIERS[recipe.sparsify["method"]], recipe.sparsify.get("parameters") or {}
+            whole = set(self.structure.statistics)
+            self.vectors = [SparsifiedVector(vector, sparsifier, values, recipe.seed, whole) for vector in vectors]
+        self._corrections = [
+            (POSTPROCESSORS[step["method"]], POSTPROCESSORS[step["method"]].defaults | (step.get("parameters") or {}))
+            for step in recipe.postprocess
+        ]
+        self._by_entries = all(m.granularity == "entries" for m in (self.method, *(m for m, _ in self._corrections)))
         self._prepared: dict[str, dict[str, Any]] = {}
         self._parameters = {name: self.parameters_for(name) for name in self.names}
+        self._depth = {name: i / max(1, len(self.names) - 1) for i, name in enumerate(self.names)}
 
     def dtype(self, name: str) -> str:
         """Of a merged tensor."""
@@ -94,15 +105,14 @@ class MergeEngine:
             UserError: an input is damaged, holds NaN or infinite values, or the result would.
         """
         self.prepare()
-        by_entries = self.method.granularity == "entries"
         tasks = []
         for name in self.names:
-            if by_entries and self.treatment(name) == "merged":
+            if self._by_entries and self.treatment(name) == "merged":
                 tasks += [(name, number) for number in range(len(self.vectors[0].tensors[name].checksums))]
             else:
                 tasks.append((name, None))
         # one core writes; and factorisations of whole matrices use all cores themselves
-        results = _in_order(self._piece, tasks, max(1, THREADS - 1) if by_entries else 1)
+        results = _in_order(self._piece, tasks, max(1, THREADS - 1) if self._by_entries else 1)
         merged = dict.fromkeys(self.names)
         for name, group in groupby(results, key=lambda result: result[0]):
             merged.pop(name)
@@ -157,13 +167,25 @@ class MergeEngine:
             merged = pretrained + np.mean(deltas, axis=0)
             return np.maximum(merged, SMALLEST_VARIANCE) if name.endswith("running_var") else merged
         if treatment == "scaled mean":
-            return pretrained + _scaled_mean(deltas, self._parameters[name].get("scale", 1.0))
+            merged = _scaled_mean(deltas, self._parameters[name].get("scale", 1.0))
+            return pretrained + self._corrected(name, merged, deltas, is_matrix=False)
+        is_matrix = self.structure.is_matrix(name, shape)
         arrays = [self.structure.as_matrices(name, array) for array in (pretrained, *deltas)]
-        groups = [self._apply(name, group[0], list(group[1:])) for group in zip(*arrays, strict=True)]
+        groups = [self._apply(name, group[0], list(group[1:]), is_matrix) for group in zip(*arrays, strict=True)]
         return pretrained + self.structure.from_matrices(name, np.stack(groups), shape)
 
-    def _apply(self, name: str, pretrained: np.ndarray, deltas: list[np.ndarray]) -> np.ndarray:
-        return self.method.function(pretrained, deltas, **self._parameters[name], **self._prepared.get(name, {}))
+    def _apply(
+        self, name: str, pretrained: np.ndarray, deltas: list[np.ndarray], is_matrix: bool = False
+    ) -> np.ndarray:
+        """The merged delta of a part of a tensor: method, then post-processors."""
+        merged = self.method.function(pretrained, deltas, **self._parameters[name], **self._prepared.get(name, {}))
+        return self._corrected(name, merged, deltas, is_matrix)
+
+    def _corrected(self, name: str, merged: np.ndarray, deltas: Sequence[np.ndarray], is_matrix: bool) -> np.ndarray:
+        for method, parameters in self._corrections:
+            if is_matrix or method.granularity == "entries":
+                merged = method.function(merged, deltas, self._depth[name], **parameters)
+        return merged
 
 
 def merged_buffers(paths: Sequence[object], vectors: Sequence[TaskVector]) -> dict[str, np.ndarray]:

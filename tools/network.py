@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,12 +52,12 @@ class Structure:
     def as_matrices(self, name: str, tensor: np.ndarray) -> np.ndarray:
         """A kernel as matrices, groups × output × (input · k³); a tensor that is no matrix as one row."""
         if not self.is_matrix(name, tensor.shape):
-            return tensor.reshape(1, 1, -1)
-        groups = self.groups.get(name, 1)
+            return tensor.reshape(1, 1, tensor.size)
+        groups, shape = self.groups.get(name, 1), tensor.shape
         if name not in self.transposed:
-            return tensor.reshape(groups, tensor.shape[0] // groups, -1)
-        grouped = tensor.reshape(groups, tensor.shape[0] // groups, *tensor.shape[1:])
-        return np.moveaxis(grouped, 2, 1).reshape(groups, tensor.shape[1], -1)
+            return tensor.reshape(groups, shape[0] // groups, prod(shape[1:]))
+        grouped = tensor.reshape(groups, shape[0] // groups, *shape[1:])
+        return np.moveaxis(grouped, 2, 1).reshape(groups, shape[1], shape[0] // groups * prod(shape[2:]))
 
     def from_matrices(self, name: str, matrices: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """The inverse of ``as_matrices``."""

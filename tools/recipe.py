@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from tools.errors import UserError, nearest
-from tools.merge_methods import METHODS
+from tools.merge_methods import METHODS, POSTPROCESSORS, SPARSIFIERS, Method
 
 Place = tuple[str | int, ...]  # of an entry: ("parameters", "density"), ("overrides", 0, "tensors")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -29,6 +29,9 @@ class Recipe:
             match a tensor, the last one holds.
         include: patterns of the tensors that are merged.
         exclude: patterns of tensors that stay those of the starting point.
+        sparsify: a sparsifier in front of the method, ``{method: dare, parameters: {density: 0.5}}``, or its name.
+        postprocess: corrections after the method, in this order; each like sparsify.
+        seed: of the sparsifier.
         dtype: of the merged weights; default: the starting point's.
     """
 
@@ -39,9 +42,14 @@ class Recipe:
     overrides: list[dict[str, Any]] = field(default_factory=list)
     include: list[str] = field(default_factory=lambda: ["*"])
     exclude: list[str] = field(default_factory=list)
+    sparsify: dict[str, Any] = field(default_factory=dict)
+    postprocess: list[dict[str, Any]] = field(default_factory=list)
+    seed: int = 0
     dtype: str = ""
 
     def __post_init__(self) -> None:
+        self.sparsify = _step(self.sparsify)
+        self.postprocess = [_step(step) for step in self.postprocess]
         check(asdict(self), lambda place: "")
 
     @classmethod
@@ -111,30 +119,51 @@ def check(content: object, where: Callable[[Place], str]) -> dict[str, Any]:
         choice = f"{nearest(method, METHODS)}; there are {', '.join(METHODS)}"
         raise UserError(f"{where(('method',))}no merge method {method!r}{choice}")
     tasks = len(content["vectors"])
-    _check_parameters(
-        method, _typed(content, "parameters", dict, "a dictionary", (), where, default={}), tasks, (), where
-    )
+    own = METHODS[method]
+    _check_parameters(own, _typed(content, "parameters", dict, "a dictionary", (), where, default={}), tasks, (), where)
     for position, override in enumerate(_typed(content, "overrides", list, "a list", (), where, default=[])):
         place = ("overrides", position)
         if not isinstance(override, dict):
             raise UserError(f"{where(place)}an override has the entries tensors and parameters, got {override!r}")
         _known_names(override, ["tensors", "parameters"], place, where, "an override has")
         _typed(override, "tensors", str, "a pattern of tensor names", place, where)
-        _check_parameters(
-            method, _typed(override, "parameters", dict, "a dictionary", place, where), tasks, place, where
-        )
+        _check_parameters(own, _typed(override, "parameters", dict, "a dictionary", place, where), tasks, place, where)
+    if content.get("sparsify"):
+        _check_step(content["sparsify"], SPARSIFIERS, "sparsifier", ("sparsify",), where)
+    for position, step in enumerate(_typed(content, "postprocess", list, "a list", (), where, default=[])):
+        _check_step(step, POSTPROCESSORS, "post-processor", ("postprocess", position), where)
+    if type(_typed(content, "seed", int, "a whole number", (), where, default=0)) is bool:
+        raise UserError(f"{where(('seed',))}seed must be a whole number")
     dtype = _typed(content, "dtype", str, "text", (), where, default="")
     if dtype and dtype not in DTYPES:
         raise UserError(f"{where(('dtype',))}dtype must be {', '.join(DTYPES)}, got {dtype!r}{nearest(dtype, DTYPES)}")
     return content
 
 
+def _step(step: Any) -> Any:
+    return {"method": step} if isinstance(step, str) and step else step
+
+
+def _check_step(step: Any, table: Mapping[str, Method], kind: str, place: Place, where: Callable[[Place], str]) -> None:
+    step = _step(step)
+    if not isinstance(step, dict):
+        raise UserError(f"{where(place)}a {kind} has the entries method and parameters; got {step!r}")
+    _known_names(step, ["method", "parameters"], place, where, f"a {kind} has")
+    name = _typed(step, "method", str, f"the name of a {kind}", place, where)
+    if name not in table:
+        raise UserError(
+            f"{where((*place, 'method'))}no {kind} {name!r}{nearest(name, table)}; there are {', '.join(table)}"
+        )
+    parameters = _typed(step, "parameters", dict, "a dictionary", place, where, default={})
+    _check_parameters(table[name], parameters, 1, place, where)
+
+
 def _check_parameters(
-    method: str, parameters: Mapping[str, Any], tasks: int, place: Place, where: Callable[[Place], str]
+    method: Method, parameters: Mapping[str, Any], tasks: int, place: Place, where: Callable[[Place], str]
 ) -> None:
     for name, value in parameters.items():
         try:
-            METHODS[method].check({name: value}, tasks)
+            method.check({name: value}, tasks)
         except UserError as error:
             raise UserError(f"{where((*place, 'parameters', name))}{error}") from None
 

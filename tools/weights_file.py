@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import struct
+import weakref
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -110,6 +111,7 @@ class WeightsFile:
         if not self.path.is_file():
             raise UserError(f"{path} not found")
         self._file = open(self.path, "rb")  # noqa: SIM115 - read as long as this object lives
+        weakref.finalize(self, self._file.close)
         try:
             self.entries = self._safetensors() if self.path.suffix == ".safetensors" else self._torch()
         except UserError:

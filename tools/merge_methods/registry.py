@@ -1,7 +1,7 @@
-"""The table of merge methods that the decorator fills, and what their parameters may be.
+"""The tables of merge methods, sparsifiers and post-processors that the decorators fill, and what their parameters may be.
 
-A method is a pure function ``(pretrained, deltas, *, parameters…) -> merged delta``, arrays of one tensor or of a part of it;
-its keyword parameters with their annotations are the recipe's schema, its docstring the reference.
+All are pure functions of arrays, of one tensor or of a part of it; their keyword parameters with their annotations are the
+recipe's schema, their docstrings the reference.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from tools.errors import UserError, nearest
 
 Result = TypeVar("Result")
 Granularity = Literal["entries", "rows", "matrices"]
-METHODS: dict[str, MergeMethod] = {}
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class Parameter:
                 )
             for number in value:
                 self._check_number(number, method)
-        elif not (value is None and self.default is None):
+        else:
             self._check_number(value, method)
 
     def _check_number(self, value: object, method: str) -> None:
@@ -123,16 +122,16 @@ class Deltas(Protocol):
 
 
 @dataclass(frozen=True)
-class MergeMethod:
-    """A merge method and where it was published.
+class Method:
+    """A merge method, a sparsifier or a post-processor, and where it was published.
 
     Attributes:
         name: what a recipe calls it.
         reference: paper.
-        function: ``(pretrained, deltas, **parameters) -> merged delta``.
+        function: see the decorators below.
         granularity: what the arrays are: "entries", flat pieces of any tensor; "rows", every tensor as outputs × the rest,
-            biases as one row; "matrices", only kernels and linear layers, as outputs × (input · k³) matrices, while the
-            others are averaged and multiplied by the parameter ``scale``.
+            biases and other parameters per channel as one row; "matrices", only kernels and linear layers, as outputs ×
+            (input · k³), while a merge method's other tensors are averaged and multiplied by the parameter ``scale``.
         prepare: looks at the whole task vectors first and adds parameters, ``(deltas, **parameters) -> parameters``;
             for methods with a threshold over all tensors.
     """
@@ -170,16 +169,41 @@ class MergeMethod:
             known[name].check(value, self.name, tasks)
 
 
+METHODS: dict[str, Method] = {}
+SPARSIFIERS: dict[str, Method] = {}
+POSTPROCESSORS: dict[str, Method] = {}
+
+
 def merge_method(
     name: str,
     reference: str,
     granularity: Granularity = "entries",
     prepare: Callable[..., dict[str, object]] | None = None,
 ):
-    """Register a function as a merge method."""
+    """Register ``(pretrained, deltas, *, parameters…) -> merged delta`` as a merge method."""
+    return _register(METHODS, name, reference, granularity, prepare)
 
+
+def sparsifier(name: str, reference: str, granularity: Granularity):
+    """Register ``(delta, uniform, *, parameters…) -> factors`` as a sparsifier, which thins out one task vector before merging.
+
+    ``uniform`` holds random numbers in [0, 1), ``factors`` what the entries are multiplied by; all have the same shape.
+    """
+    return _register(SPARSIFIERS, name, reference, granularity, None)
+
+
+def postprocessor(name: str, reference: str, granularity: Granularity):
+    """Register ``(merged, deltas, depth, *, parameters…) -> merged delta`` as a post-processor, which corrects what was merged.
+
+    ``depth`` is 0 for the network's first tensor and 1 for its last one.
+    """
+    return _register(POSTPROCESSORS, name, reference, granularity, None)
+
+
+def _register(table: dict[str, Method], name: str, *facts: object):
     def register(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
-        METHODS[name] = MergeMethod(name, reference, function, granularity, prepare)
+        reference, granularity, prepare = facts
+        table[name] = Method(name, reference, function, granularity, prepare)
         return function
 
     return register
@@ -198,8 +222,7 @@ def parameters_of(function: Callable) -> dict[str, Parameter]:
         if typing.get_origin(hint) is typing.Annotated:
             hint, within = typing.get_args(hint)
         kind = typing.get_args(hint) if typing.get_origin(hint) is Literal else hint
-        help = " ".join(texts[name].split())
-        found[name] = Parameter(name, parameter.default, kind, within, help)
+        found[name] = Parameter(name, parameter.default, kind, within, " ".join(texts[name].split()))
     return found
 
 
