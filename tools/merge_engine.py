@@ -160,7 +160,7 @@ class MergeEngine:
         shape, treatment = self.start.entries[name].shape, self.treatment(name)
         blocks = [self._pretrained(name, number) for number in range(len(self.vectors[0].tensors[name].checksums))]
         pretrained = np.concatenate(blocks or [np.empty(0)]).reshape(shape).astype(np.float64)
-        if treatment == "kept":
+        if treatment == "kept" or not pretrained.size:
             return pretrained
         deltas = [vector.delta(name) for vector in self.vectors]
         if treatment == "mean":
