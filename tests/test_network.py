@@ -39,6 +39,8 @@ def test_networks_without_a_findable_head_are_refused():
         describe({"_target_": "BasicUNet", "spatial_dims": 7, "out_channels": 2})
     with pytest.raises(UserError, match="does not simply count output channels"):
         describe({**UNET, "num_res_units": 2})
+    with pytest.raises(UserError, match="belongs to no convolution: the head is more than one linear layer"):
+        describe({"_target_": "HighResNet", **COMMON})
 
 
 @pytest.mark.parametrize("transposed", [False, True])

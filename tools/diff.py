@@ -78,7 +78,8 @@ def canonical_head(tensor: np.ndarray, axis: int) -> np.ndarray:
 def _check_backbones(
     pretrained: Bundle, before: WeightsFile, finetuned: Bundle, after: WeightsFile, structure: Structure
 ) -> None:
-    shapes = [{n: e.shape for n, e in w.entries.items() if n not in structure.head} for w in (before, after)]
+    left_out = {*structure.head, *structure.aliases}
+    shapes = [{n: e.shape for n, e in w.entries.items() if n not in left_out} for w in (before, after)]
     if shapes[0] != shapes[1]:
         name = next(n for n in [*shapes[0], *shapes[1]] if shapes[0].get(n) != shapes[1].get(n))
         raise UserError(

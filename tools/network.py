@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -91,17 +91,35 @@ def describe(network_def: Mapping[str, Any]) -> Structure:
             than its size along a single axis.
     """
     few, more = (build(network_def, count) for count in (2, 3))
-    head = _head(few, more)
-    structure = Structure(head)
-    weights = _fill(structure, few)
+    aliases: dict[str, str] = {}
     names: dict[int, str] = {}
     for name, tensor in few.state_dict(keep_vars=True).items():
         first = names.setdefault(id(tensor), name)
         if first != name:
-            structure.aliases[name] = first
-        elif tensor.dim() > 1 and name not in weights and name not in head:
-            structure.plain.append(name)
-    return structure
+            aliases[name] = first
+    distinct = [name for name in few.state_dict() if name not in aliases]
+    layers = _Layers(few)
+    head = _head(few, more, distinct)
+    for name in head:
+        if name not in layers.matrices and name.removesuffix("bias") + "weight" not in layers.matrices:
+            raise UserError(
+                f"tensor {name} counts output channels but belongs to no convolution: the head is more than one linear "
+                "layer, and such heads cannot be stacked"
+            )
+    backbone = [name for name in distinct if name not in head]
+    tensors = few.state_dict()
+    return Structure(
+        head,
+        transposed=[name for name in backbone if name in layers.transposed],
+        groups={name: layers.groups[name] for name in backbone if name in layers.groups},
+        plain=[
+            name
+            for name in backbone
+            if tensors[name].dim() > 1 and tensors[name].is_floating_point() and name not in layers.matrices
+        ],
+        statistics=[name for name in backbone if name in layers.statistics],
+        aliases=aliases,
+    )
 
 
 def build(network_def: Mapping[str, Any], out_channels: int) -> nn.Module:
@@ -123,41 +141,47 @@ def build(network_def: Mapping[str, Any], out_channels: int) -> nn.Module:
     raise UserError(f"network_def ({network_def.get('_target_')}) cannot be built ({' '.join(reason.split())[:300]})")
 
 
-def _head(few: nn.Module, more: nn.Module) -> dict[str, int]:
+def _head(few: nn.Module, more: nn.Module, names: Sequence[str]) -> dict[str, int]:
     shapes = {name: tuple(tensor.shape) for name, tensor in more.state_dict().items()}
     head: dict[str, int] = {}
     for name, tensor in few.state_dict().items():
         shape, other = tuple(tensor.shape), shapes.get(name)
-        if shape == other:
+        if shape == other or name not in names:
             continue
         axes = [axis for axis, (a, b) in enumerate(zip(shape, other or ())) if a != b]
         if len(axes) != 1 or (shape[axes[0]], other[axes[0]]) != (2, 3):
-            raise UserError(f"tensor {name} does not simply count output channels: {shape} for 2 of them")
+            raise UserError(
+                f"tensor {name} does not simply count output channels (it is {shape} for 2 of them): the head is more than "
+                "one linear layer, and such heads cannot be stacked"
+            )
         head[name] = axes[0]
     if not head:
         raise UserError("no tensor of the network depends on the number of output channels")
     return head
 
 
-def _fill(structure: Structure, network: nn.Module) -> set[str]:
-    """Note what the layers say about their tensors; returns the names of all matrices."""
-    from torch import nn
-    from torch.nn.modules.batchnorm import _NormBase
-    from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+class _Layers:
+    """What the layers of a network say about their tensors, under all of their names."""
 
-    weights = set()
-    for prefix, module in network.named_modules(remove_duplicate=False):
-        dot = f"{prefix}." if prefix else ""
-        name = f"{dot}weight"
-        if isinstance(module, _ConvNd | nn.Linear):
-            weights.add(name)
-            if isinstance(module, _ConvTransposeNd) and name not in structure.head:
-                structure.transposed.append(name)
-            if getattr(module, "groups", 1) > 1 and name not in structure.head:
-                structure.groups[name] = module.groups
-        elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
-            weights.add(f"{dot}in_proj_weight")
-            structure.groups[f"{dot}in_proj_weight"] = 3
-        elif isinstance(module, _NormBase) and module.track_running_stats:
-            structure.statistics.extend(f"{dot}running_{what}" for what in ("mean", "var"))
-    return weights
+    def __init__(self, network: nn.Module) -> None:
+        from torch import nn
+        from torch.nn.modules.batchnorm import _NormBase
+        from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+        self.matrices: set[str] = set()
+        self.transposed: set[str] = set()
+        self.statistics: set[str] = set()
+        self.groups: dict[str, int] = {}
+        for prefix, module in network.named_modules(remove_duplicate=False):
+            dot = f"{prefix}." if prefix else ""
+            if isinstance(module, _ConvNd | nn.Linear):
+                self.matrices.add(f"{dot}weight")
+                if isinstance(module, _ConvTransposeNd):
+                    self.transposed.add(f"{dot}weight")
+                if getattr(module, "groups", 1) > 1:
+                    self.groups[f"{dot}weight"] = module.groups
+            elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+                self.matrices.add(f"{dot}in_proj_weight")
+                self.groups[f"{dot}in_proj_weight"] = 3
+            elif isinstance(module, _NormBase) and module.track_running_stats:
+                self.statistics |= {f"{dot}running_mean", f"{dot}running_var"}
