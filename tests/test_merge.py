@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from tests.conftest import ROOT, run
 from tools.bundle import Bundle
 from tools.errors import UserError
 from tools.merge import stacked_head
+from tools.recipe import Recipe
 from tools.task_vector import FORMAT, TaskVector
 
 
@@ -86,9 +88,7 @@ def test_merged_bundle_records_where_it_comes_from(chain, tmp_path):
     assert lineage["method"] == "average"
     assert [v["task"] for v in lineage["vectors"]] == ["liver", "spleen"]
     assert lineage["pretrained_sha256"] == TaskVector(chain.vectors["liver"]).facts.pretrained_sha256
-    recipe = yaml.safe_load((chain.merged / "docs" / "recipe.yaml").read_text())
-    (tmp_path / "again.yaml").write_text(yaml.safe_dump(recipe))
-    run("tools", "merge", "--recipe", tmp_path / "again.yaml", "--output", tmp_path / "again")
+    run("tools", "merge", "--recipe", chain.merged / "docs" / "recipe.yaml", "--output", tmp_path / "again")
     assert (tmp_path / "again/models/model.pt").read_bytes() == (chain.merged / "models/model.pt").read_bytes()
 
 
@@ -238,8 +238,8 @@ def test_the_plan_of_a_merge_without_the_merge(chain, tmp_path):
 def test_merged_weights_in_half_precision(chain, tmp_path):
     whole = Bundle(chain.merged).state()
     for dtype in (torch.float16, torch.bfloat16):
-        recipe = yaml.safe_load((chain.merged / "docs" / "recipe.yaml").read_text()) | {"dtype": str(dtype)[6:]}
-        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        recipe = replace(Recipe.read(chain.merged / "docs" / "recipe.yaml"), dtype=str(dtype)[6:])
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.as_dict()))
         run("tools", "merge", "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "m", "--overwrite")
         half = Bundle(tmp_path / "m").state()
         assert all(torch.equal(half[name], tensor.to(dtype)) for name, tensor in whole.items())

@@ -74,7 +74,7 @@ def merge(
         _check_names(method, parameters)
         values = {name: _value(value) for name, value in parameters.items()}
         steps = {"sparsify": sparsify or {}, "postprocess": _listed(postprocess), "seed": seed}
-        plan = Recipe(str(pretrained), _paths(vectors), method, values, **steps)
+        plan = Recipe(str(pretrained), split_paths(vectors), method, values, **steps)
     merge_recipe(plan, output, other_start, overwrite, dry_run)
 
 
@@ -134,7 +134,8 @@ def merge_recipe(
             description=f"Merged from the task vectors {tasks} and their starting point {start.name} by {recipe.method}.",
             lineage=lineage,
         )
-        (folder / "docs" / "recipe.yaml").write_text(yaml.safe_dump(recipe.as_dict(), sort_keys=False))
+        portable = recipe.relative_to(Path(output) / "docs")
+        (folder / "docs" / "recipe.yaml").write_text(yaml.safe_dump(portable.as_dict(), sort_keys=False))
         _write_card(folder, lineage, label_map)
     print(f"{output}: {len(vectors)} task vectors merged by {recipe.method}, labels {', '.join(label_map)}")
 
@@ -277,8 +278,9 @@ def _write_card(folder: Path, lineage: Mapping[str, Any], label_map: Mapping[str
     )
 
 
-def _paths(vectors: Any) -> list[str]:
-    items = vectors.split(",") if isinstance(vectors, str) else [str(v) for v in vectors]
+def split_paths(words: Any) -> list[str]:
+    """A list from the command line, with commas or without."""
+    items = words.split(",") if isinstance(words, str) else [str(word) for word in words]
     return [item.strip() for item in items if item.strip()]
 
 
@@ -304,21 +306,20 @@ def _value(value: Any) -> Any:
 
 
 def _print_methods(name: str) -> None:
-    tables = {"merge methods": METHODS, "sparsifiers": SPARSIFIERS, "post-processors": POSTPROCESSORS}
+    """All methods, sparsifiers and post-processors, one a line, or the parameters of one."""
+    tables = {"": METHODS, "sparsifier: ": SPARSIFIERS, "post-processor: ": POSTPROCESSORS}
     everything = {key: method for table in tables.values() for key, method in table.items()}
-    if name and name not in everything:
-        raise UserError(f"no method {name!r}{nearest(name, everything)}; see --list")
-    if name:
-        method = everything[name]
-        print(f"{name}: {method.summary}\n{method.reference}")
-        for parameter in method.parameters.values():
-            print(f"  {parameter.name} = {parameter.default}: {parameter.help}")
+    if not name:
+        width = max(map(len, everything))
+        for kind, table in tables.items():
+            print("\n".join(f"{key.ljust(width)}  {kind}{method.summary}" for key, method in table.items()))
         return
-    width = max(map(len, everything))
-    for title, table in tables.items():
-        if title != "merge methods":
-            print(f"\n{title}")
-        print("\n".join(f"{method.name.ljust(width)}  {method.summary}" for method in table.values()))
+    if name not in everything:
+        raise UserError(f"no method {name!r}{nearest(name, everything)}; see --list")
+    method = everything[name]
+    print(f"{name}: {method.summary}\n{method.reference}")
+    for parameter in method.parameters.values():
+        print(f"  {parameter.name} = {parameter.default}: {parameter.help}")
 
 
 def _bytes(layout: tuple[str, tuple[int, ...]]) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,14 @@ class Recipe:
 
         content = check(content, where)
         folder = Path(path).parent
-        content["pretrained"] = str(folder / content["pretrained"])
-        content["vectors"] = [str(folder / vector) for vector in content["vectors"]]
+        content["pretrained"] = os.path.normpath(folder / content["pretrained"])
+        content["vectors"] = [os.path.normpath(folder / vector) for vector in content["vectors"]]
         return cls(**content)
+
+    def relative_to(self, folder: Path) -> Recipe:
+        """The same with paths as they are written in a recipe in this folder."""
+        pretrained, *vectors = (os.path.relpath(path, folder) for path in (self.pretrained, *self.vectors))
+        return replace(self, pretrained=pretrained, vectors=vectors)
 
     def as_dict(self) -> dict[str, Any]:
         """Without what is left at its default."""
