@@ -13,15 +13,22 @@ import numpy as np
 from tools.bundle import Bundle
 from tools.errors import UserError
 from tools.lineage import backbone_sha256
+from tools.mergeability import mergeability, part_of, report
+from tools.mergeability import plot as draw
+from tools.output import complete_output
 from tools.task_vector import TaskVector
+from tools.weights_file import WeightsFile
 
 
-def inspect(*paths: str, json: bool = False) -> None:
-    """Print lineage, labels, sizes and norms; for several task vectors also their cosines and sign conflicts.
+def inspect(*paths: str, json: bool = False, plot: str = "", overwrite: bool = False) -> None:
+    """Print lineage, labels, sizes and norms; for several task vectors also how much they agree, before they are merged.
 
     Args:
-        paths: bundles or task vectors (.safetensors).
+        paths: bundles or task vectors (.safetensors). With the starting point among them, the lengths of the task vectors are
+            relative to it.
         json: print JSON.
+        plot: a PNG file to draw the comparison of several task vectors into.
+        overwrite: replace that file if it exists.
     """
     if not paths:
         raise UserError("name one or more bundles or task vectors")
@@ -35,8 +42,22 @@ def inspect(*paths: str, json: bool = False) -> None:
             facts.append({"path": str(path), **describe_vector(vectors[-1])})
     result: dict[str, Any] = {"items": facts}
     if len(vectors) > 1:
-        result["conflicts"] = conflicts(vectors)
+        result["conflicts"] = mergeability(vectors, _starting_point(facts, vectors))
     print(json_module.dumps(result, indent=2) if json else _as_text(result))
+    if plot:
+        if "conflicts" not in result:
+            raise UserError("--plot draws the comparison of task vectors; name two of them at least")
+        with complete_output(plot, overwrite) as path:
+            draw(result["conflicts"], path)
+
+
+def _starting_point(facts: list[dict[str, Any]], vectors: Sequence[TaskVector]) -> WeightsFile | None:
+    """The weights of the bundle that the task vectors come from, if it is among what is inspected."""
+    for item in facts:
+        weights = item.get("weights")
+        if weights and weights["backbone_sha256"] == vectors[0].facts.pretrained_sha256:
+            return Bundle(item["path"]).weights()
+    return None
 
 
 def describe_bundle(bundle: Bundle) -> dict[str, Any]:
@@ -68,7 +89,12 @@ def describe_vector(vector: TaskVector) -> dict[str, Any]:
     squares: dict[str, float] = {}
     for name in vector.tensors:
         part = part_of(name)
-        squares[part] = squares.get(part, 0.0) + sum(_dot(block.values, block.values) for block in vector.blocks(name))
+        squares[part] = squares.get(part, 0.0) + sum(
+            float(np.dot(block.values, block.values)) for block in vector.blocks(name)
+        )
+    if not np.isfinite(sum(squares.values())):
+        for name in vector.tensors:
+            vector.check_finite(name)
     return {
         "kind": "task vector",
         "task": vector.task,
@@ -84,46 +110,6 @@ def describe_vector(vector: TaskVector) -> dict[str, Any]:
     }
 
 
-def part_of(name: str) -> str:
-    """The part of the network that a tensor belongs to: "encoders.0" of "encoders.0.basic_module.conv1.weight"."""
-    return ".".join(name.split(".")[:2])
-
-
-def conflicts(vectors: Sequence[TaskVector]) -> dict[str, Any]:
-    """How much task vectors disagree: cosines, and the share of entries on whose sign two of them differ.
-
-    Raises:
-        UserError: they are not of the same network.
-    """
-    shapes = [{name: tensor.shape for name, tensor in vector.tensors.items()} for vector in vectors]
-    if any(other != shapes[0] for other in shapes):
-        raise UserError("these task vectors are not of the same network")
-    count = len(vectors)
-    products, opposite, entries = np.zeros((count, count)), np.zeros((count, count)), 0
-    for name in vectors[0].tensors:
-        for blocks in zip(*(vector.blocks(name) for vector in vectors), strict=True):
-            values = [block.values for block in blocks]
-            entries += values[0].size
-            for i, a in enumerate(values):
-                products[i, i] += _dot(a, a)
-                for j in range(i):
-                    products[i, j] += _dot(a, values[j])
-                    opposite[i, j] += np.count_nonzero(np.sign(a) * np.sign(values[j]) < 0)
-    for matrix in (products, opposite):
-        matrix += np.tril(matrix, -1).T
-    norms = np.sqrt(np.maximum(np.diag(products), 1e-60))
-    return {
-        "tasks": [vector.task for vector in vectors],
-        "same_start": len({vector.facts.pretrained_sha256 for vector in vectors}) == 1,
-        "cosine": (products / np.outer(norms, norms)).tolist(),
-        "sign_conflict": (opposite / max(entries, 1)).tolist(),
-    }
-
-
-def _dot(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.dot(a, b))
-
-
 def _as_text(result: dict[str, Any]) -> str:
     lines: list[str] = []
     for item in result["items"]:
@@ -137,16 +123,8 @@ def _as_text(result: dict[str, Any]) -> str:
             else:
                 lines.append(f"  {key}: {_short(value)}")
         lines.append("")
-    for title in ("cosine", "sign_conflict") if "conflicts" in result else ():
-        tasks = result["conflicts"]["tasks"]
-        width = max(map(len, tasks)) + 2
-        lines.append(f"{title.replace('_', ' ')} between task vectors")
-        lines.append(" " * width + "".join(task.rjust(width) for task in tasks))
-        for task, row in zip(tasks, result["conflicts"][title]):
-            lines.append(task.ljust(width) + "".join(f"{value:.3f}".rjust(width) for value in row))
-        lines.append("")
-    if "conflicts" in result and not result["conflicts"]["same_start"]:
-        lines.append("warning: these task vectors come from different starting points and cannot be merged")
+    if "conflicts" in result:
+        lines.append(report(result["conflicts"]).lstrip())
     return "\n".join(lines).rstrip()
 
 

@@ -94,7 +94,7 @@ class MergeEngine:
             alone = values.get("scope") == "tensor"
             key = f"{name if alone else ''} {values}"
             if key not in found:
-                deltas = [_Entries(vector, [name] if alone else names) for vector in self.vectors]
+                deltas = [Entries(vector, [name] if alone else names) for vector in self.vectors]
                 found[key] = self.method.prepare(deltas, **values)
             self._prepared[name] = found[key]
 
@@ -112,7 +112,7 @@ class MergeEngine:
             else:
                 tasks.append((name, None))
         # one core writes; and factorisations of whole matrices use all cores themselves
-        results = _in_order(self._piece, tasks, max(1, THREADS - 1) if self._by_entries else 1)
+        results = in_order(self._piece, tasks, max(1, THREADS - 1) if self._by_entries else 1)
         merged = dict.fromkeys(self.names)
         for name, group in groupby(results, key=lambda result: result[0]):
             merged.pop(name)
@@ -207,7 +207,7 @@ def merged_buffers(paths: Sequence[object], vectors: Sequence[TaskVector]) -> di
     return merged
 
 
-class _Entries:
+class Entries:
     """The entries of some of a task vector's tensors, for a method's first look."""
 
     def __init__(self, vector: TaskVector, names: Sequence[str]) -> None:
@@ -217,7 +217,7 @@ class _Entries:
 
     def scan(self, function: Callable[[np.ndarray], Any]) -> Iterator[Any]:
         tasks = [(name, n) for name in self.names for n in range(len(self.vector.tensors[name].checksums))]
-        return _in_order(lambda task: function(self.vector.block(*task).values), tasks, THREADS)
+        return in_order(lambda task: function(self.vector.block(*task).values), tasks, THREADS)
 
     def sample(self) -> np.ndarray:
         return np.concatenate([self.vector.sample(name) for name in self.names])
@@ -232,7 +232,7 @@ def keep_freed_memory() -> None:
             library.mallopt(parameter, value)
 
 
-def _in_order(function: Callable[[Any], Any], tasks: Iterable[Any], threads: int) -> Iterator[Any]:
+def in_order(function: Callable[[Any], Any], tasks: Iterable[Any], threads: int) -> Iterator[Any]:
     """Like ``map``, a few tasks ahead in threads: NumPy, hashing and reading files let them run side by side."""
     with ThreadPoolExecutor(threads) as executor:
         waiting = deque()
