@@ -7,13 +7,14 @@ BIN := .venv/bin
 demo: .venv/ready  ## the whole chain in minutes; DATASET=<nnU-Net folder> for real images
 	$(BIN)/python -m tools demo $(if $(DATASET),--dataset_dir $(DATASET)) $(ARGS)
 
-test: .venv/ready  ## everything, as continuous integration runs it
+test: .venv/ready  ## everything, as continuous integration runs it; without mergekit its comparison is skipped and says so
+	-test -f .venv-mergekit/ready || $(MAKE) .venv-mergekit/ready
 	$(BIN)/python -m pytest $(ARGS)
 
 test-fast: .venv/ready
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
-bench: .venv/ready  ## speed, as ratios within one run
+bench: .venv/ready .venv-mergekit/ready  ## speed, as ratios within one run; ARGS=merging for a part
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 
 lint: .venv/ready
@@ -24,4 +25,9 @@ lint: .venv/ready
 .venv/ready: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv-mergekit/ready:  ## the peer that merging is compared with, in an environment of its own
+	test -x .venv-mergekit/bin/python || $(PYTHON) -m venv .venv-mergekit
+	.venv-mergekit/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 mergekit==0.1.5
 	touch $@

@@ -18,6 +18,7 @@ COMMANDS = {
     "edit": "add, remove or re-weight tasks of a merged bundle",
     "inspect": "what a bundle or a task vector is: lineage, labels, sizes, norms, conflicts",
     "evaluate": "Dice per case and class on a labelled dataset, and pictures",
+    "compare": "a table of every merge method on the same task vectors",
     "vendor": "keep the Python in every bundle's scripts/ equal to tools/bundle_code",
     "phantom": "write the procedural CT dataset",
     "demo": "the whole chain in one go, printing each command it runs",

@@ -73,7 +73,7 @@ def evaluate(
     for b in bundles:
         check_channels(dataset_dir, b)
     renamed = parse_channels(labels) or {}
-    cases = _cases(dataset_dir, part, split_file, fold)
+    cases = find_cases(dataset_dir, part, split_file, fold)
     with complete_output(output, overwrite, sign="summary.json") as folder:
         scores: list[Score] = []
         for b in bundles:
@@ -207,7 +207,12 @@ def summarise(scores: Sequence[Score]) -> dict[str, dict[str, float]]:
     return summary
 
 
-def _cases(dataset_dir: str | Path, part: str, split_file: str, fold: int) -> dict[str, dict]:
+def find_cases(dataset_dir: str | Path, part: str, split_file: str, fold: int) -> dict[str, dict]:
+    """Image and label paths by case, of a part of a split.
+
+    Raises:
+        UserError: the dataset or the split is not there, or the part has no cases.
+    """
     from tools.bundle_code.nnunet_data import all_cases, split_cases
 
     try:

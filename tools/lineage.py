@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 from tools.network import Structure
 from tools.weights_file import BLOCK, WeightsFile
@@ -20,3 +21,9 @@ def backbone_sha256(weights: WeightsFile, structure: Structure) -> str:
         for start in range(0, entry.size, BLOCK):
             digest.update(weights.bytes(name, start, min(start + BLOCK, entry.size)))
     return digest.hexdigest()
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

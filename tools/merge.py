@@ -79,7 +79,12 @@ def merge(
 
 
 def merge_recipe(
-    recipe: Recipe, output: str | Path, other_start: bool = False, overwrite: bool = False, dry_run: bool = False
+    recipe: Recipe,
+    output: str | Path,
+    other_start: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    quiet: bool = False,
 ) -> None:
     """Carry out a recipe.
 
@@ -89,6 +94,7 @@ def merge_recipe(
         other_start: accept vectors of another starting point.
         overwrite: replace the output if it exists.
         dry_run: print the plan and write nothing.
+        quiet: do not say what was written.
 
     Raises:
         UserError: an input is missing, damaged, of another starting point or network, or two vectors have a label of
@@ -137,7 +143,8 @@ def merge_recipe(
         portable = recipe.relative_to(Path(output) / "docs")
         (folder / "docs" / "recipe.yaml").write_text(yaml.safe_dump(portable.as_dict(), sort_keys=False))
         _write_card(folder, lineage, label_map)
-    print(f"{output}: {len(vectors)} task vectors merged by {recipe.method}, labels {', '.join(label_map)}")
+    if not quiet:
+        print(f"{output}: {len(vectors)} task vectors merged by {recipe.method}, labels {', '.join(label_map)}")
 
 
 def write_weights(path: Path, engine: MergeEngine, whole: Mapping[str, np.ndarray]) -> None:

@@ -1,0 +1,135 @@
+"""Merging 95.5 M parameters, whole processes: ours, mergekit in its own environment, and merely reading and writing the bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import yaml
+from safetensors.numpy import save_file
+
+from tools.lineage import backbone_sha256
+from tools.network import Structure, build
+from tools.task_vector import Facts, save_task_vector
+from tools.weights_file import WeightsFile, write_torch
+
+ROOT = Path(__file__).parents[2]
+MERGEKIT = ROOT / ".venv-mergekit" / "bin" / "mergekit-pytorch"
+NETWORK = {
+    "_target_": "tools.bundle_code.residual_unet.ResidualUNet3D",
+    "in_channels": 1,
+    "out_channels": 2,
+    "width": 128,
+}
+HEAD = {"head.weight": 0, "head.bias": 0}
+TASKS = 4
+DENSITY = 0.2
+
+
+def compare_merging(runs: int = 5) -> None:
+    """Print seconds (median), their ratio to reading and writing the bytes, and the largest resident memory."""
+    with tempfile.TemporaryDirectory(dir=ROOT) as folder:
+        files = make_models(Path(folder))
+        size = f"{files['parameters'] / 1e6:.1f} M parameters"
+        print(f"\n{size}, starting point and {TASKS} vectors, page cache warm, whole processes")
+        commands = {
+            "read the vectors, write a model": f"cat {files['vectors']} > /dev/null && cp {files['start']} {folder}/copy.pt",
+            "ours, task arithmetic": ours(folder, "task_arithmetic --scale 0.4"),
+            "ours, TIES (exact global trim)": ours(folder, f"ties --density {DENSITY}"),
+        }
+        if MERGEKIT.is_file():
+            commands["mergekit, task arithmetic"] = theirs(folder, "task_arithmetic", {"weight": 0.4})
+            commands["mergekit, TIES (trim per tensor)"] = theirs(folder, "ties", {"weight": 1.0, "density": DENSITY})
+        else:
+            print("mergekit is not there: make .venv-mergekit/ready")
+        figures: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+        for turn in range(1 + runs):
+            for name, command in commands.items():
+                if turn and "mergekit" in name and turn > 2:
+                    continue  # a minute each
+                figures[name].append(measured(command))
+        floor = statistics.median(seconds for seconds, _ in figures["read the vectors, write a model"][1:])
+        for name, pairs in figures.items():
+            seconds = statistics.median(s for s, _ in pairs[1:])
+            memory = max(m for _, m in pairs[1:])
+            print(f"{name:<34} {seconds:8.2f} s {seconds / floor:7.1f} x {memory:7.0f} MiB", flush=True)
+
+
+def measured(command: str) -> tuple[float, float]:
+    """Wall-clock seconds and peak resident MiB of a shell command."""
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        ["sh", "-c", f"exec {command}" if "&&" not in command else command], stdout=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f"{command} failed")
+    return time.perf_counter() - began, usage.ru_maxrss / 1024
+
+
+def ours(folder: str, method: str) -> str:
+    """The command line of a merge by our tools."""
+    vectors = ",".join(f"{folder}/{task}.safetensors" for task in range(TASKS))
+    words = f"-m tools merge --pretrained {folder}/start --vectors {vectors} --output {folder}/merged --overwrite"
+    return f"{shlex.quote(sys.executable)} {words} --method {method}"
+
+
+def theirs(folder: str, method: str, parameters: dict[str, float]) -> str:
+    """The command line of the same merge by mergekit, on safetensors files of whole models."""
+    models = [{"model": f"{folder}/theirs/{task}.safetensors", "parameters": parameters} for task in range(TASKS)]
+    config = {
+        "merge_method": method,
+        "base_model": f"{folder}/theirs/base.safetensors",
+        "models": models,
+        "dtype": "float32",
+    }
+    path = Path(folder) / f"{method}.yml"
+    path.write_text(yaml.safe_dump({**config, "parameters": {"normalize": False}}))
+    return f"{MERGEKIT} {path} {folder}/theirs/merged"
+
+
+def make_models(folder: Path) -> dict[str, str | int]:
+    """Random models of the published network at twice its width, as bundle and task vectors and as safetensors files."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in build(NETWORK, 2).state_dict().items()}
+    (folder / "theirs").mkdir()
+    bundle = folder / "start"
+    (bundle / "models").mkdir(parents=True)
+    for part in ("configs", "scripts"):
+        subprocess.run(["cp", "-r", ROOT / "bundles" / "pretrain_amos" / part, bundle], check=True)
+    inference = json.loads((bundle / "configs" / "inference.json").read_text())
+    (bundle / "configs" / "inference.json").write_text(json.dumps({**inference, "width": NETWORK["width"]}))
+    layout = {name: ("float32", shape) for name, shape in shapes.items()}
+    model = bundle / "models" / "model.pt"
+    write_torch(model, layout, ((name, [tensor.reshape(-1).view(np.uint8)]) for name, tensor in weights(shapes, 0)))
+    structure = Structure(HEAD)
+    sha256 = backbone_sha256(WeightsFile(model), structure)
+    base = dict(weights(shapes, 0))
+    save_file({n: t for n, t in base.items() if n not in HEAD}, folder / "theirs" / "base.safetensors")
+    for task in range(TASKS):
+        tuned = {n: base[n] + np.float32(0.05) * t for n, t in weights(shapes, 1 + task) if n not in HEAD}
+        facts = Facts(f"task{task}", [f"organ{task}"], {f"organ{task}": [1]}, sha256, "", NETWORK, structure)
+        pairs = ((name, base[name], tensor) for name, tensor in tuned.items())
+        head = {name: np.zeros(shapes[name], np.float32) for name in HEAD}
+        save_task_vector(folder / f"{task}.safetensors", facts, pairs, head, {})
+        save_file(tuned, folder / "theirs" / f"{task}.safetensors")
+    vectors = " ".join(str(folder / f"{task}.safetensors") for task in range(TASKS))
+    return {
+        "parameters": sum(t.size for n, t in base.items() if n not in HEAD),
+        "start": str(model),
+        "vectors": vectors,
+    }
+
+
+def weights(shapes: dict[str, tuple[int, ...]], seed: int) -> Iterator[tuple[str, np.ndarray]]:
+    random = np.random.default_rng(seed)
+    for name, shape in shapes.items():
+        yield name, random.standard_normal(shape, np.float32) * np.float32(0.02)
