@@ -15,6 +15,7 @@ COMMANDS = {
     "new_task": "a bundle that fine-tunes one task from a starting point",
     "diff": "the task vector between a starting point and a specialist",
     "merge": "task vectors and their starting point into one bundle",
+    "distil": "merge with coefficients learned from unlabelled scans",
     "edit": "add, remove or re-weight tasks of a merged bundle",
     "inspect": "what a bundle or a task vector is: lineage, labels, sizes, norms, conflicts",
     "evaluate": "Dice per case and class on a labelled dataset, and pictures",

@@ -8,6 +8,7 @@ MICCAI 2025).
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from tools.bundle import read_json
 from tools.errors import UserError
 from tools.evaluate import dice
 from tools.labels import parse_channels, parse_sources
@@ -32,6 +34,7 @@ PHANTOM_TASKS = {
     "kidneys": ["right kidney", "left kidney"],
     "stomach": "stomach",
 }
+PRETRAIN_STEPS = 1600  # from which on a small starting point merges well on real CT: docs/recipes.md
 # merged bundles by folder name: the method's flags, and what the table calls it
 MERGES = {
     "merged_heads": ("--method task_arithmetic --scale 0", "start + new heads (λ = 0)"),
@@ -78,11 +81,11 @@ def demo(
             the phantom).
         pretrain_bundle: the bundle that pre-trains, pretrain_amos or pretrain_cui.
         overlay: overlay of the training bundles, "small" for two CPU cores; "" for full size.
-        pretrain_epochs: default: the overlay's, and 6 for the phantom.
+        pretrain_epochs: default: the overlay's; with "small" as many as make 1600 steps, and 6 for the phantom.
         finetune_epochs: default: the overlay's, and 4 for the phantom.
         patch_size: edge of the training patches and inference windows, voxels, other than the overlay's.
-        batch_size: patches per training step; default: the overlay's, and 1 for the phantom, which gives it more steps in
-            the same time.
+        batch_size: patches per training step; default: the overlay's, and 1 with "small": many steps make a starting point
+            that merges.
         seed: of the phantom, the split and the training.
     """
     root = Path(output)
@@ -92,11 +95,15 @@ def demo(
     _same_settings(root / "settings.json", settings | sizes)
     steps = Steps(root / "logs")
     started = time.time()
+    if overlay == "small":
+        batch_size = batch_size or 1
     if dataset_dir:
         cohorts = _real_cohorts(Path(dataset_dir), root, seed)
+        if overlay == "small":
+            pretrain_epochs = pretrain_epochs or _epochs_for(PRETRAIN_STEPS, cohorts, pretrain_bundle, batch_size)
     else:
         cohorts = _phantom_cohorts(steps, root, seed)
-        pretrain_epochs, finetune_epochs, batch_size = pretrain_epochs or 6, finetune_epochs or 4, batch_size or 1
+        pretrain_epochs, finetune_epochs = pretrain_epochs or 6, finetune_epochs or 4
     wanted = _tasks(tasks, cohorts.finetune, phantom=not dataset_dir)
 
     print("\n1. a starting point: pre-train on all organs of the first patients")
@@ -153,6 +160,13 @@ def _specialist(
     steps.run(step, train(folder, **overrides), folder / "models" / "model.pt", [f"{step}_setup"])
     diff = tools("diff", pretrained=start, finetuned=folder, output=_vector(root, task))
     steps.run(f"{step}_diff", diff, _vector(root, task), [step])
+
+
+def _epochs_for(steps: int, cohorts: Cohorts, bundle: str, batch_size: int) -> int:
+    """How many epochs of pre-training with the small overlay make so many steps."""
+    cases = json.loads((cohorts.splits / "pretrain.json").read_text())[0]["train"]
+    patches = read_json(BUNDLES / bundle / "configs" / "small.json")["patches_per_volume"]
+    return math.ceil(steps * batch_size / (len(cases) * patches))
 
 
 def _same_settings(path: Path, settings: dict[str, object]) -> None:

@@ -104,8 +104,7 @@ def merge_recipe(
     weights = start.weights()
     vectors = [TaskVector(path) for path in recipe.vectors]
     structure = vectors[0].facts.structure
-    for path, vector in zip(recipe.vectors, vectors, strict=True):
-        _check_network(path, vector, start, weights, vectors[0], other_start)
+    check_vectors(recipe.vectors, vectors, start, weights, other_start)
     label_map = _stack_labels(recipe.vectors, vectors)
     engine = MergeEngine(recipe, weights, vectors, other_start)
     whole = {
@@ -231,28 +230,36 @@ def stacked_head(heads: Sequence[np.ndarray], axis: int) -> np.ndarray:
     return np.concatenate([background, *organs], axis=axis)
 
 
-def _check_network(
-    path: str, vector: TaskVector, start: Bundle, weights: WeightsFile, first: TaskVector, other_start: bool
+def check_vectors(
+    paths: Sequence[str], vectors: Sequence[TaskVector], start: Bundle, weights: WeightsFile, other_start: bool = False
 ) -> None:
-    """Refuse a vector of another network, or of another starting point than the first one, which the merge itself checks."""
-    structure = vector.facts.structure
-    if vector.facts.pretrained_sha256 != first.facts.pretrained_sha256 and not other_start:
-        names = [f"{v.facts.pretrained_name} {v.facts.pretrained_sha256[:12]}" for v in (vector, first)]
-        raise UserError(
-            f"{path} (task {vector.task}) comes from another starting point than {first.path} (task {first.task}): "
-            f"{names[0]}, not {names[1]}"
-        )
-    if structure != first.facts.structure:
-        raise UserError(f"{path} (task {vector.task}) has another kind of network or head than task {first.task}")
+    """Refuse vectors of another network than the starting point's, and of another starting point than the first vector.
+
+    Whether the first vector came from this starting point, the merge itself checks, block by block.
+
+    Raises:
+        UserError: names the file, and what differs.
+    """
+    first = vectors[0]
+    structure = first.facts.structure
     left_out = {*structure.head, *structure.aliases}
     floating = {n: e.shape for n, e in weights.entries.items() if n not in left_out and e.is_floating}
-    shapes = {name: tensor.shape for name, tensor in vector.tensors.items()}
-    if shapes != floating:
-        name = next(n for n in [*shapes, *floating] if shapes.get(n) != floating.get(n))
-        raise UserError(
-            f"{path} (task {vector.task}) comes from another starting point than {start.name}: tensor {name} is "
-            f"{shapes.get(name, 'missing')} in the first and {floating.get(name, 'missing')} in the second"
-        )
+    for path, vector in zip(paths, vectors, strict=True):
+        whose = f"{path} (task {vector.task})"
+        if vector.facts.pretrained_sha256 != first.facts.pretrained_sha256 and not other_start:
+            names = [f"{v.facts.pretrained_name} {v.facts.pretrained_sha256[:12]}" for v in (vector, first)]
+            raise UserError(
+                f"{whose} comes from another starting point than {first.path} (task {first.task}): {names[0]}, not {names[1]}"
+            )
+        if vector.facts.structure != structure:
+            raise UserError(f"{whose} has another kind of network or head than task {first.task}")
+        shapes = {name: tensor.shape for name, tensor in vector.tensors.items()}
+        if shapes != floating:
+            name = next(n for n in [*shapes, *floating] if shapes.get(n) != floating.get(n))
+            raise UserError(
+                f"{whose} comes from another starting point than {start.name}: tensor {name} is "
+                f"{shapes.get(name, 'missing')} in the first and {floating.get(name, 'missing')} in the second"
+            )
     for name in structure.head:
         if name in weights.entries:
             weights.read(name)  # it is replaced, but a starting point with NaN in it is nobody's

@@ -1,0 +1,294 @@
+"""``distil``: learn the coefficients of a merge without labels, so that it gives the specialists' own masks on a few scans.
+
+One coefficient for each tensor and task, as in AdaMerging (Yang et al., ICLR 2024); not by entropy, which empty masks minimise,
+but by reproducing the soft masks of each specialist (the family of ProDistill, ICML 2025, and SyMerge), on patches around what
+the specialists see, with a loss on organs rather than on background. The result is an ordinary recipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from tools.bundle import Bundle
+from tools.errors import UserError
+from tools.lineage import backbone_sha256
+from tools.merge import check_vectors, merge_recipe, split_paths, stacked_head
+from tools.network import output_argument
+from tools.recipe import Recipe
+from tools.task_vector import TaskVector
+from tools.weights_file import WeightsFile
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+HELD_OUT = 4  # one patch in so many is not learned from, but says which step was best
+
+
+def distil(
+    pretrained: str,
+    vectors: str | Sequence[str],
+    images: str,
+    output: str,
+    part: str = "",
+    split_file: str = "",
+    scans: int = 4,
+    patches: int = 16,
+    patch_size: int = 0,
+    steps: int = 200,
+    batch_size: int = 2,
+    learning_rate: float = 0.02,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> None:
+    """Merge by task arithmetic with a coefficient for each tensor and task, learned from unlabelled scans.
+
+    Args:
+        pretrained: the starting point, a bundle with weights.
+        vectors: task vector files, separated by commas, in the order of the output channels.
+        images: folder of images, or an nnU-Net dataset, whose labels are not looked at.
+        output: folder of the merged bundle; its docs/recipe.yaml has the coefficients.
+        part: of an nnU-Net dataset: "train", "val" or "test" of its split; default: all labelled cases.
+        split_file: JSON file with the split; default: the dataset's splits_final.json.
+        scans: how many to use, chosen at random.
+        patches: from each of them.
+        patch_size: edge of the patches, voxels; default: the starting point's.
+        steps: of Adam.
+        batch_size: patches in a step.
+        learning_rate: of the coefficients.
+        seed: of the scans, the patches and their order.
+        overwrite: replace the output if it exists.
+    """
+    import torch
+
+    start = Bundle(pretrained)
+    files = split_paths(vectors)
+    if not files:
+        raise UserError("no task vectors to merge")
+    weights, tasks = start.weights(), [TaskVector(path) for path in files]
+    check_vectors(files, tasks, start, weights)
+    if backbone_sha256(weights, tasks[0].facts.structure) != tasks[0].facts.pretrained_sha256:
+        raise UserError(f"{files[0]} (task {tasks[0].task}) comes from another starting point than {start.path}")
+    if Path(output).exists() and not overwrite:
+        raise UserError(f"{output} exists; choose another --output, or add --overwrite")
+    torch.manual_seed(seed)
+    student = Student(start, weights, tasks)
+    cases = _cases(images, start, part, split_file, scans, seed)
+    size = [patch_size] * 3 if patch_size else start.resolved("patch_size")
+    pool = Pool.of_teachers(student, cases, size, patches, seed)
+    before, after = learn(student, pool, steps, batch_size, learning_rate)
+    print(f"loss on held-out patches: {before:.4f} as the average, {after:.4f} as learned")
+    overrides = [
+        {"tensors": name, "parameters": {"scale": [round(float(c), 6) for c in row]}}
+        for name, row in zip(student.names, student.coefficients.tolist(), strict=True)
+    ]
+    recipe = Recipe(pretrained, files, "task_arithmetic", {"scale": round(1 / len(tasks), 6)}, overrides)
+    merge_recipe(recipe, output, overwrite=overwrite)
+
+
+class Student:
+    """The merged network as a function of its coefficients.
+
+    Args:
+        start: the starting point.
+        weights: of it.
+        tasks: the task vectors.
+
+    Attributes:
+        names: of the backbone's tensors.
+        coefficients: tensors × tasks, 1/T at first.
+    """
+
+    def __init__(self, start: Bundle, weights: WeightsFile, tasks: Sequence[TaskVector]) -> None:
+        import torch
+
+        self.bundle = start
+        self.tasks = tasks
+        structure = tasks[0].facts.structure
+        self.names = [n for n in weights.entries if n in tasks[0].tensors and n not in structure.statistics]
+        with start.code():
+            self.device = start.parser().get_parsed_content("device")
+        self.base = {n: self._on_device(weights.array(n)) for n in weights.entries if n not in structure.head}
+        self.deltas = [{n: self._on_device(task.delta(n).astype(np.float32)) for n in task.tensors} for task in tasks]
+        for name in structure.statistics:
+            self.base[name] = self.base[name] + sum(delta[name] for delta in self.deltas) / len(tasks)
+        heads = {n: [task.head[n] for task in tasks] for n in structure.head}
+        self.head = {n: self._on_device(stacked_head(heads[n], axis)) for n, axis in structure.head.items()}
+        self.network = self._network(1 + sum(len(task.facts.labels) for task in tasks), self.base | self.head)
+        self.coefficients = torch.full((len(self.names), len(tasks)), 1 / len(tasks), device=self.device)
+
+    def __call__(self, image: Tensor, coefficients: Tensor) -> Tensor:
+        """Logits (N, 1 + ΣC, …) of the network merged with these coefficients."""
+        import torch
+
+        merged = {
+            name: self.base[name] + sum(c * delta[name] for c, delta in zip(row, self.deltas, strict=True))
+            for name, row in zip(self.names, coefficients, strict=True)
+        }
+        with torch.autocast(self.device.type, torch.bfloat16):
+            return torch.func.functional_call(
+                self.network, self.base | merged | self.head, (image,), tie_weights=True
+            ).float()
+
+    def teacher(self, number: int) -> nn.Module:
+        """A specialist with its own head in canonical form: logits (N, 1 + C, …)."""
+        task = self.tasks[number]
+        state = {name: tensor + self.deltas[number].get(name, 0) for name, tensor in self.base.items()}
+        for name in task.facts.structure.statistics:  # the base has the mean of all tasks' there
+            state[name] = self.base[name]
+        head = {name: self._on_device(tensor) for name, tensor in task.head.items()}
+        return self._network(1 + len(task.facts.labels), state | head)
+
+    def _network(self, out_channels: int, state: dict[str, Tensor]) -> nn.Module:
+        from monai.bundle import ConfigParser
+
+        definition = self.bundle.network_def()
+        definition[output_argument(definition)] = out_channels
+        with self.bundle.code():
+            network = ConfigParser({"network": definition}).get_parsed_content("network")
+        network.load_state_dict(state, strict=False)
+        return network.to(self.device).eval().requires_grad_(False)
+
+    def _on_device(self, array: np.ndarray) -> Tensor:
+        import torch
+
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+
+@dataclass
+class Pool:
+    """Patches, and the specialists' soft masks of them.
+
+    Attributes:
+        images: (P, in, …).
+        masks: probabilities (P, ΣC, …), half precision.
+    """
+
+    images: Tensor
+    masks: Tensor
+
+    @classmethod
+    def of_teachers(
+        cls, student: Student, cases: Sequence[dict[str, Any]], size: Sequence[int], patches: int, seed: int
+    ) -> Pool:
+        """Segment scans with every specialist and crop patches around what they see, as often as there are organs."""
+        import torch
+        from monai.transforms import Compose, RandCropByLabelClassesd, SpatialPadd
+
+        bundle = student.bundle
+        with bundle.code():
+            parser = bundle.parser()
+            preprocessing, inferer = (parser.get_parsed_content(key) for key in ("preprocessing", "inferer"))
+        teachers = [student.teacher(number) for number in range(len(student.tasks))]
+        classes = 1 + sum(len(task.facts.labels) for task in student.tasks)
+        crop = Compose(
+            [
+                SpatialPadd(("image", "mask", "organ"), size),
+                RandCropByLabelClassesd(
+                    ("image", "mask"), "organ", size, num_classes=classes, num_samples=patches, warn=False
+                ),
+            ]
+        ).set_random_state(seed)
+        images, masks = [], []
+        for case in tqdm(cases, desc="specialists' masks", disable=None, leave=False):
+            image = preprocessing({"image": case["image"]})["image"].as_tensor()
+            with torch.inference_mode():
+                logits = torch.cat([inferer(image[None].to(student.device), t)[0, 1:].float() for t in teachers]).cpu()
+            organ = torch.where(logits.amax(0) > 0, logits.argmax(0) + 1, 0)[None]
+            for piece in crop({"image": image, "mask": logits.sigmoid(), "organ": organ}):
+                images.append(piece["image"].as_tensor())
+                masks.append(piece["mask"].as_tensor().half())
+        return cls(torch.stack(images), torch.stack(masks))
+
+    def split(self) -> tuple[Pool, Pool]:
+        """To learn from, and held out."""
+        import torch
+
+        held = torch.arange(len(self.images)) % HELD_OUT == HELD_OUT - 1
+        return Pool(self.images[~held], self.masks[~held]), Pool(self.images[held], self.masks[held])
+
+
+def learn(student: Student, pool: Pool, steps: int, batch_size: int, learning_rate: float) -> tuple[float, float]:
+    """Set the student's coefficients to the best of some steps of Adam; those it has, when none is better.
+
+    Returns:
+        The loss on the held-out patches before and after.
+    """
+    import torch
+
+    training, held_out = pool.split()
+    if not len(training.images) or not len(held_out.images):
+        raise UserError(f"{len(pool.images)} patches are too few to learn from: raise --patches or --scans")
+    coefficients = student.coefficients.clone().requires_grad_()
+    optimizer = torch.optim.Adam([coefficients], learning_rate)
+    before = best = validate(student, held_out, coefficients, batch_size)
+    order: list[int] = []
+    with tqdm(total=steps, desc="coefficients", disable=None, leave=False) as bar:
+        for step in range(1, steps + 1):
+            if len(order) < batch_size:
+                order += torch.randperm(len(training.images)).tolist()
+            chosen, order = order[:batch_size], order[batch_size:]
+            loss = masks_loss(
+                student(training.images[chosen].to(student.device), coefficients),
+                training.masks[chosen].to(student.device),
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            bar.update()
+            if step % max(1, steps // 10) == 0:
+                score = validate(student, held_out, coefficients, batch_size)
+                bar.set_postfix(loss=f"{score:.4f}")
+                if score < best:
+                    best, student.coefficients = score, coefficients.detach().clone()
+    return before, best
+
+
+def validate(student: Student, pool: Pool, coefficients: Tensor, batch_size: int) -> float:
+    """Mean loss over a pool."""
+    import torch
+
+    losses = []
+    with torch.inference_mode():
+        for start in range(0, len(pool.images), batch_size):
+            part = slice(start, start + batch_size)
+            logits = student(pool.images[part].to(student.device), coefficients)
+            losses.append(masks_loss(logits, pool.masks[part].to(student.device)).item())
+    return float(np.mean(losses))
+
+
+def masks_loss(logits: Tensor, masks: Tensor) -> Tensor:
+    """Soft Dice over the organs that a specialist sees in a patch, plus binary cross-entropy, against its soft masks.
+
+    Shapes:
+        logits (N, 1 + ΣC, …), whose first channel is background and left out, and probabilities (N, ΣC, …), to a scalar.
+    """
+    import torch
+
+    masks, logits = masks.float(), logits[:, 1:]
+    probabilities = logits.sigmoid().flatten(2)
+    flat = masks.flatten(2)
+    dice = 1 - (2 * (probabilities * flat).sum(2) + 1) / (probabilities.square().sum(2) + flat.square().sum(2) + 1)
+    seen = (flat.amax(2) > 0.5).float()
+    cross_entropy = torch.nn.functional.binary_cross_entropy_with_logits(logits, masks)
+    return (dice * seen).sum() / seen.sum().clamp(min=1) + cross_entropy
+
+
+def _cases(images: str, start: Bundle, part: str, split_file: str, scans: int, seed: int) -> list[dict[str, Any]]:
+    from tools.bundle_code.images import list_images
+    from tools.evaluate import find_cases
+
+    if (Path(images) / "dataset.json").is_file():
+        cases = list(find_cases(images, part or "all", split_file, 0).values())
+    else:
+        try:
+            cases = list_images(images, start.in_channels)
+        except (FileNotFoundError, ValueError) as error:
+            raise UserError(str(error)) from None
+    order = np.random.default_rng(seed).permutation(len(cases))
+    return [cases[position] for position in sorted(order[:scans])]
