@@ -177,6 +177,17 @@ def test_hostile_files_are_refused(tmp_path):
     refused(tmp_path / "none.pt", "not found")
 
 
+def test_one_flipped_bit_in_a_torch_file_is_found(state, tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save(state, path)
+    WeightsFile(path).verify()
+    data = bytearray(path.read_bytes())
+    data[WeightsFile(path).entries["view"].offset + 5] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"model\.pt is damaged: tensor shared is not what was written"):
+        WeightsFile(path).verify()
+
+
 def test_truncated_files_are_refused(tmp_path):
     torch.save({"a": torch.zeros(1000), "b": torch.zeros(1000)}, tmp_path / "whole.pt")
     save_file({"a": torch.zeros(1000)}, tmp_path / "whole.safetensors")

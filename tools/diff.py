@@ -33,6 +33,8 @@ def diff(pretrained: str, finetuned: str, output: str, task: str = "", overwrite
     start, specialist = Bundle(pretrained), Bundle(finetuned)
     structure = specialist.structure()
     before, after = start.weights(), specialist.weights()
+    for weights in (before, after):
+        weights.verify()
     _check_backbones(start, before, specialist, after, structure)
     lineage = specialist.metadata.get("lineage", {})
     pretrained_sha256 = backbone_sha256(before, structure)

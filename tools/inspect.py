@@ -72,6 +72,7 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
     }
     if bundle.model_file.is_file():
         weights, structure = bundle.weights(), bundle.structure()
+        weights.verify()
         facts["weights"] = {
             "tensors": len(weights.entries),
             "parameters": sum(

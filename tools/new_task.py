@@ -62,6 +62,7 @@ def new_task(
     """
     start = Bundle(pretrained)
     weights, structure = start.weights(), start.structure()
+    weights.verify()
     if preset:
         if preset not in PRESETS:
             raise UserError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")

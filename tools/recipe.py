@@ -143,7 +143,7 @@ def check(content: object, where: Callable[[Place], str]) -> dict[str, Any]:
     dtype = _typed(content, "dtype", str, "text", (), where, default="")
     if dtype and dtype not in DTYPES:
         raise UserError(f"{where(('dtype',))}dtype must be {', '.join(DTYPES)}, got {dtype!r}{nearest(dtype, DTYPES)}")
-    return content
+    return {name: value for name, value in content.items() if value is not None}
 
 
 def _step(step: Any) -> Any:

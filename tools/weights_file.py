@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -62,6 +63,7 @@ SAFETENSORS = {
     "BOOL": "bool",
 }
 BLOCK = 2**18  # elements that are read, merged and written at a time: 1 MiB of float32 stays in a processor's cache
+KNOWN_FLAGS = 0x0808  # of zip records: sizes after the data, names in UTF-8
 LONGEST_INDEX = 2**26  # bytes of the pickle of a model.pt; real ones have some kilobytes
 
 
@@ -108,6 +110,9 @@ class WeightsFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.metadata: dict[str, str] = {}
+        self._records: dict[
+            int, tuple[str, int, int]
+        ] = {}  # by its place: the first tensor in it, its length, its CRC-32
         if not self.path.is_file():
             raise UserError(f"{path} not found")
         self._file = open(self.path, "rb")  # noqa: SIM115 - read as long as this object lives
@@ -116,11 +121,22 @@ class WeightsFile:
             self.entries = self._safetensors() if self.path.suffix == ".safetensors" else self._torch()
         except UserError:
             raise
-        except (OSError, MemoryError):
-            raise
         except Exception as error:  # a hostile file can make the libraries raise nearly anything
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"{path} is not a readable file of weights ({reason})") from None
+
+    def verify(self) -> None:
+        """Read all of a ``model.pt`` once and compare its checksums; a safetensors file has none.
+
+        Raises:
+            UserError: a tensor is not what was written.
+        """
+        for offset, (name, size, expected) in self._records.items():
+            found = 0
+            for start in range(offset, offset + size, 4 * BLOCK):
+                found = crc32(self._pread(start, min(4 * BLOCK, offset + size - start)), found)
+            if found != expected:
+                raise UserError(f"{self.path} is damaged: tensor {name} is not what was written")
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Elements ``start`` to ``stop`` of a tensor, flat; half precision comes as float32.
@@ -209,8 +225,10 @@ class WeightsFile:
         for info in archive.infolist():
             if info.filename in records:
                 raise UserError(f"{self.path} has two records {info.filename}")
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.flag_bits & 1:
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
                 raise UserError(f"{self.path}: record {info.filename} is compressed; torch.save does not compress")
+            if info.flag_bits & ~KNOWN_FLAGS:
+                raise UserError(f"{self.path}: record {info.filename} is encrypted or damaged")
             records[info.filename] = info
         index = [name for name in records if name.endswith("data.pkl") and name.count("/") == 1]
         if len(index) != 1:
@@ -250,6 +268,7 @@ class WeightsFile:
         data = record.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
         if data + record.file_size > os.fstat(self._file.fileno()).st_size:
             raise UserError(f"{self.path} is truncated")
+        self._records.setdefault(data, (name, record.file_size, record.CRC))
         dense = all(n == 1 or s == d for n, s, d in zip(shape, strides, _contiguous(shape)))
         return Entry(dtype, shape, data + tensor.offset * width, None if dense or not prod(shape) else strides)
 
