@@ -11,7 +11,7 @@ from typing import Any
 from tools.bundle import Bundle, read_json, write_json
 from tools.errors import UserError
 from tools.network import Structure, output_argument
-from tools.vendor import named_modules, with_imports
+from tools.vendor import SOURCE, named_modules, with_imports
 
 LEFT_OUT = ("models", "checkpoints", "eval", "__pycache__", "splits_final.json")
 CONFIGS_WITH_NETWORK = ("train.json", "inference.json")
@@ -106,6 +106,24 @@ def set_starting_point(output: Path, pretrained: Bundle, structure: Structure, o
     ]["pred"]["spatial_shape"]
     write_json(path, metadata)
     _assemble_scripts(output, pretrained, json.dumps([network_def, preprocessing]))
+
+
+def set_modulated(output: Path) -> None:
+    """Let a merged bundle run one pass for each task, with its mask; ``modulated`` in inference.json is the switch."""
+    path = output / "configs" / "inference.json"
+    config = read_json(path)
+    inferer = {
+        **config["inferer"],
+        "_target_": "scripts.modulation.ModulatedInferer",
+        "modulators": "$@bundle_root + '/models/modulators.pt'",
+        "enabled": "@modulated",
+    }
+    root = config.pop("bundle_root")
+    write_json(
+        path, {"imports": config.pop("imports"), "bundle_root": root, "modulated": True, **config, "inferer": inferer}
+    )
+    for name, text in with_imports({"modulation"}, SOURCE).items():
+        (output / "scripts" / name).write_text(text)
 
 
 def _patch_size(pretrained: Bundle) -> list[int]:

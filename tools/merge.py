@@ -15,10 +15,11 @@ import yaml
 from tools import __version__
 from tools.bundle import Bundle
 from tools.errors import UserError, nearest
-from tools.instantiate import copy_template, set_labels, set_starting_point, update_metadata
+from tools.instantiate import copy_template, set_labels, set_modulated, set_starting_point, update_metadata
 from tools.lineage import backbone_sha256
 from tools.merge_engine import MergeEngine, merged_buffers
 from tools.merge_methods import METHODS, POSTPROCESSORS, SPARSIFIERS
+from tools.modulators import write_modulators
 from tools.output import complete_output
 from tools.recipe import Recipe
 from tools.task_vector import TaskVector
@@ -36,6 +37,7 @@ def merge(
     sparsify: object = None,
     postprocess: object = None,
     seed: int = 0,
+    modulate: bool = False,
     other_start: bool = False,
     dry_run: bool = False,
     list: bool = False,
@@ -54,6 +56,8 @@ def merge(
         sparsify: a sparsifier in front of the method, with default parameters or as "{method: dare, parameters: {density: 0.3}}".
         postprocess: corrections after the method, separated by commas, or each like --sparsify in a list.
         seed: of the sparsifier.
+        modulate: keep a mask for each task (method emr, or task_arithmetic), with which the merged model becomes each task in
+            turn: one pass a task, nearly as good as the specialists.
         other_start: merge vectors although they come from another starting point than the one given.
         dry_run: check everything, print what would be done with each part of the network, and write nothing.
         list: print the merge methods, or with --method the description of one, and stop.
@@ -65,7 +69,7 @@ def merge(
     if not output and not dry_run:
         raise UserError("--output is missing")
     if recipe:
-        if pretrained or vectors or parameters or method != "average" or sparsify or postprocess or seed:
+        if pretrained or vectors or parameters or method != "average" or sparsify or postprocess or seed or modulate:
             raise UserError("--recipe says what is merged and how; leave the flags for that out")
         plan = Recipe.read(recipe)
     else:
@@ -73,7 +77,8 @@ def merge(
             raise UserError("--pretrained (or --recipe) is missing")
         _check_names(method, parameters)
         values = {name: _value(value) for name, value in parameters.items()}
-        steps = {"sparsify": sparsify or {}, "postprocess": _listed(postprocess), "seed": seed}
+        steps = {"sparsify": sparsify or {}, "postprocess": _listed(postprocess)}
+        steps |= {"seed": seed, "modulate": modulate}
         plan = Recipe(str(pretrained), split_paths(vectors), method, values, **steps)
     merge_recipe(plan, output, other_start, overwrite, dry_run)
 
@@ -118,6 +123,9 @@ def merge_recipe(
         set_starting_point(folder, start, structure, out_channels=1 + len(label_map))
         set_labels(folder, label_map)
         write_weights(folder / "models" / "model.pt", engine, whole)
+        if recipe.modulate:
+            write_modulators(folder / "models" / "modulators.pt", engine)
+            set_modulated(folder)
         sha256 = backbone_sha256(weights, structure) if other_start else vectors[0].facts.pretrained_sha256
         lineage = {
             "tool_version": __version__,

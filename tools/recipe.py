@@ -14,6 +14,7 @@ from tools.errors import UserError, nearest
 from tools.merge_methods import METHODS, POSTPROCESSORS, SPARSIFIERS, Method
 
 Place = tuple[str | int, ...]  # of an entry: ("parameters", "density"), ("overrides", 0, "tensors")
+MASKED = ("emr", "task_arithmetic")  # methods whose result a mask for each task can take apart again
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -33,6 +34,7 @@ class Recipe:
         sparsify: a sparsifier in front of the method, ``{method: dare, parameters: {density: 0.5}}``, or its name.
         postprocess: corrections after the method, in this order; each like sparsify.
         seed: of the sparsifier.
+        modulate: keep for each task a mask of one bit a weight, with which the merged model can become that task again.
         dtype: of the merged weights; default: the starting point's.
     """
 
@@ -46,6 +48,7 @@ class Recipe:
     sparsify: dict[str, Any] = field(default_factory=dict)
     postprocess: list[dict[str, Any]] = field(default_factory=list)
     seed: int = 0
+    modulate: bool = False
     dtype: str = ""
 
     def __post_init__(self) -> None:
@@ -140,10 +143,22 @@ def check(content: object, where: Callable[[Place], str]) -> dict[str, Any]:
         _check_step(step, POSTPROCESSORS, "post-processor", ("postprocess", position), where)
     if type(_typed(content, "seed", int, "a whole number", (), where, default=0)) is bool:
         raise UserError(f"{where(('seed',))}seed must be a whole number")
+    if _typed(content, "modulate", bool, "true or false", (), where, default=False):
+        _check_modulated(content, method, where)
     dtype = _typed(content, "dtype", str, "text", (), where, default="")
     if dtype and dtype not in DTYPES:
         raise UserError(f"{where(('dtype',))}dtype must be {', '.join(DTYPES)}, got {dtype!r}{nearest(dtype, DTYPES)}")
     return {name: value for name, value in content.items() if value is not None}
+
+
+def _check_modulated(content: Mapping, method: str, where: Callable[[Place], str]) -> None:
+    place = where(("modulate",))
+    if method not in MASKED:
+        raise UserError(f"{place}there are masks for the methods {' and '.join(MASKED)}, not for {method}")
+    if content.get("overrides") or content.get("postprocess") or content.get("sparsify"):
+        raise UserError(f"{place}overrides, sparsify and postprocess cannot be undone by masks; leave them out")
+    if isinstance((content.get("parameters") or {}).get("scale"), list):
+        raise UserError(f"{place}the shared model must have one scale for all tasks")
 
 
 def _step(step: Any) -> Any:

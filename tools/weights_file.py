@@ -7,9 +7,11 @@ names (https://docs.python.org/3/library/pickle.html#restricting-globals) and wr
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
+import pickletools
 import struct
 import weakref
 import zipfile
@@ -238,7 +240,7 @@ class WeightsFile:
             raise UserError(f"{self.path}: its index of tensors is longer than {LONGEST_INDEX >> 20} MiB")
         if f"{root}byteorder" in records and archive.read(f"{root}byteorder") != b"little":
             raise UserError(f"{self.path} was written on a big-endian machine")
-        content = _Unpickler(archive.open(index[0])).load()
+        content = _unpickled(archive.read(index[0]))
         if isinstance(content, dict) and isinstance(content.get("model"), dict):
             content = content["model"]
         if not isinstance(content, dict) or not content:
@@ -259,6 +261,8 @@ class WeightsFile:
             raise UserError(f"{self.path}: tensor {name} has impossible sizes")
         extent = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides)) if prod(shape) else 0
         expanded = prod(shape) > max(record.file_size, BLOCK) if record else False  # by strides of 0, a kind of bomb
+        if record is not None and tensor.storage.size * width != record.file_size:
+            raise UserError(f"{self.path}: the data of tensor {name} are of another size than it says")
         if record is None or (tensor.offset + extent) * width > record.file_size or expanded:
             raise UserError(f"{self.path}: tensor {name} is larger than its data")
         self._file.seek(record.header_offset)
@@ -345,6 +349,7 @@ def _record(archive: zipfile.ZipFile, name: str, pieces: Iterable, size: int = 0
 class _Storage:
     dtype: str
     key: str
+    size: int
 
 
 @dataclass
@@ -365,12 +370,25 @@ def _rebuild_parameter(tensor: object, *_: object) -> object:
     return tensor
 
 
+# what torch.save writes, and for tensors alone; any other opcode is refused before the unpickler sees it
+_OPCODES = frozenset(
+    "PROTO FRAME STOP MARK GLOBAL REDUCE BUILD BINPERSID BINUNICODE SHORT_BINUNICODE BININT BININT1 BININT2 LONG1 BINFLOAT "
+    "NONE NEWTRUE NEWFALSE EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS "
+    "BINPUT LONG_BINPUT BINGET LONG_BINGET MEMOIZE STACK_GLOBAL".split()
+)
 _HARMLESS = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
     **{("torch", name): dtype for name, dtype in STORAGES.items()},
 }
+
+
+def _unpickled(data: bytes) -> object:
+    for opcode, _, _ in pickletools.genops(data):
+        if opcode.name not in _OPCODES:
+            raise pickle.UnpicklingError(f"it has an instruction {opcode.name}, which tensors do not need")
+    return _Unpickler(io.BytesIO(data)).load()
 
 
 class _Unpickler(pickle.Unpickler):
@@ -382,12 +400,12 @@ class _Unpickler(pickle.Unpickler):
         return _HARMLESS[module, name]
 
     def persistent_load(self, identity: object) -> _Storage:
-        if not (isinstance(identity, tuple) and len(identity) >= 3 and identity[0] == "storage"):
+        if not (isinstance(identity, tuple) and len(identity) == 5 and identity[0] == "storage"):
             raise pickle.UnpicklingError("a storage of an unknown kind")
-        dtype, key = identity[1:3]
-        if not isinstance(dtype, str) or dtype not in DTYPES or not isinstance(key, str):
+        dtype, key, _, size = identity[1:]
+        if not (isinstance(dtype, str) and dtype in DTYPES and isinstance(key, str) and type(size) is int):
             raise pickle.UnpicklingError("a storage of an unknown kind")
-        return _Storage(dtype, key)
+        return _Storage(dtype, key, size)
 
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
