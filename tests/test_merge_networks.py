@@ -10,6 +10,7 @@ import torch
 from tests.conftest import ROOT
 from tools.bundle import Bundle, write_json
 from tools.diff import diff
+from tools.errors import UserError
 from tools.merge import merge
 
 COMMON = {"spatial_dims": 3, "in_channels": 1}
@@ -170,3 +171,45 @@ def test_shared_tensors_are_merged_once_and_stay_shared(chain):
     size = (folder / "m/models/model.pt").stat().st_size
     assert size < 1.2 * (folder / "start/models/model.pt").stat().st_size
     assert np.isfinite([t.double().sum().item() for t in state.values()]).all()
+
+
+@pytest.mark.parametrize("chain", ["UNet"], indirect=True)
+def test_recalibrated_statistics_are_those_of_the_activations(chain, tmp_path):
+    from tools.phantom import phantom
+    from tools.recalibrate import recalibrate
+
+    _, folder, _, _ = chain
+    phantom(str(tmp_path / "data"), cases=2)
+    merge(
+        output=str(folder / "m"), pretrained=str(folder / "start"),
+        vectors=f"{folder}/one.safetensors,{folder}/two.safetensors",
+    )  # fmt: skip
+    path = folder / "m/configs/inference.json"
+    path.write_text(path.read_text().replace("[96, 96, 96]", "[32, 32, 32]"))
+    options = {"images": str(tmp_path / "data"), "scans": 2, "patches": 4, "batch_size": 8}
+    recalibrate(str(folder / "m"), output=str(folder / "new"), **options)
+    before, after = Bundle(folder / "m").state(), Bundle(folder / "new").state()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.endswith(("running_mean", "running_var"))}
+
+    bundle, seen = Bundle(folder / "new"), []
+    loaded = network("UNet", 4)
+    loaded.load_state_dict(after)
+    first = next(m for m in loaded.modules() if isinstance(m, torch.nn.BatchNorm3d))
+    first.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    from tools.recalibrate import patches_of
+    from tools.scans import choose_scans
+
+    with torch.inference_mode():
+        for batch in patches_of(bundle, choose_scans(tmp_path / "data", bundle, "", "", 2, 0), 4, 8, 0):
+            loaded(batch)
+    means = torch.stack([x.mean((0, 2, 3, 4)) for x in seen]).mean(0)
+    torch.testing.assert_close(first.running_mean, means, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("chain", ["SegResNet"], indirect=True)
+def test_a_network_without_statistics_is_not_recalibrated(chain):
+    from tools.recalibrate import recalibrate
+
+    with pytest.raises(UserError, match="keeps no running statistics"):
+        recalibrate(str(chain[1] / "start"), str(chain[1]), str(chain[1] / "new"))

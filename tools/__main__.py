@@ -16,6 +16,7 @@ COMMANDS = {
     "diff": "the task vector between a starting point and a specialist",
     "merge": "task vectors and their starting point into one bundle",
     "distil": "merge with coefficients learned from unlabelled scans",
+    "recalibrate": "measure a merged network's batch normalisation anew",
     "edit": "add, remove or re-weight tasks of a merged bundle",
     "inspect": "what a bundle or a task vector is: lineage, labels, sizes, norms, conflicts",
     "evaluate": "Dice per case and class on a labelled dataset, and pictures",

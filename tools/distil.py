@@ -21,6 +21,7 @@ from tools.lineage import backbone_sha256
 from tools.merge import check_vectors, merge_recipe, split_paths, stacked_head
 from tools.network import output_argument
 from tools.recipe import Recipe
+from tools.scans import choose_scans
 from tools.task_vector import TaskVector
 from tools.weights_file import WeightsFile
 
@@ -78,7 +79,7 @@ def distil(
         raise UserError(f"{output} exists; choose another --output, or add --overwrite")
     torch.manual_seed(seed)
     student = Student(start, weights, tasks)
-    cases = _cases(images, start, part, split_file, scans, seed)
+    cases = choose_scans(images, start, part, split_file, scans, seed)
     size = [patch_size] * 3 if patch_size else start.resolved("patch_size")
     pool = Pool.of_teachers(student, cases, size, patches, seed)
     before, after = learn(student, pool, steps, batch_size, learning_rate)
@@ -277,18 +278,3 @@ def masks_loss(logits: Tensor, masks: Tensor) -> Tensor:
     seen = (flat.amax(2) > 0.5).float()
     cross_entropy = torch.nn.functional.binary_cross_entropy_with_logits(logits, masks)
     return (dice * seen).sum() / seen.sum().clamp(min=1) + cross_entropy
-
-
-def _cases(images: str, start: Bundle, part: str, split_file: str, scans: int, seed: int) -> list[dict[str, Any]]:
-    from tools.bundle_code.images import list_images
-    from tools.evaluate import find_cases
-
-    if (Path(images) / "dataset.json").is_file():
-        cases = list(find_cases(images, part or "all", split_file, 0).values())
-    else:
-        try:
-            cases = list_images(images, start.in_channels)
-        except (FileNotFoundError, ValueError) as error:
-            raise UserError(str(error)) from None
-    order = np.random.default_rng(seed).permutation(len(cases))
-    return [cases[position] for position in sorted(order[:scans])]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from tools.errors import UserError, nearest
 from tools.instantiate import copy_template, set_labels, set_modulated, set_starting_point, update_metadata
 from tools.lineage import backbone_sha256
 from tools.merge_engine import MergeEngine, merged_buffers
-from tools.merge_methods import METHODS, POSTPROCESSORS, SPARSIFIERS
+from tools.merge_methods import METHODS
+from tools.merge_plan import describe_methods, plan_table
 from tools.modulators import write_modulators
 from tools.output import complete_output
 from tools.recipe import Recipe
@@ -64,7 +64,7 @@ def merge(
         overwrite: replace the output if it exists.
     """
     if list:
-        _print_methods(method if method != "average" else "")
+        print(describe_methods(method if method != "average" else ""))
         return
     if not output and not dry_run:
         raise UserError("--output is missing")
@@ -190,42 +190,6 @@ def write_weights(path: Path, engine: MergeEngine, whole: Mapping[str, np.ndarra
         write_torch(path, layout, ((name, counted(name, pieces)) for name, pieces in data()), aliases)
 
 
-def plan_table(engine: MergeEngine, label_map: Mapping[str, object]) -> str:
-    """What would be done with each part of the network, for ``--dry_run``: a line per block of layers and treatment."""
-    lines = [
-        f"{engine.method.name}, {len(engine.vectors)} task vectors, output channels: background, {', '.join(label_map)}"
-    ]
-    treatments = {
-        "kept": "starting point",
-        "mean": "mean of the statistics",
-        "scaled mean": "scaled mean (no matrices)",
-        "merged": engine.method.name,
-    }
-
-    def key(name: str) -> tuple[str, str, str]:
-        treatment = engine.treatment(name)
-        values = engine.parameters_for(name) if treatment == "merged" else {}
-        return ".".join(name.split(".")[:2]), treatments[treatment], ", ".join(f"{k}={v}" for k, v in values.items())
-
-    rows = [("tensors of", "number", "entries", "treatment", "parameters")]
-    for (block, treatment, values), group in groupby(sorted(engine.names, key=key), key=key):
-        names = [*group]
-        entries = sum(prod(engine.start.entries[name].shape) for name in names)
-        rows.append((block, str(len(names)), f"{entries:,}", treatment, values))
-    rows.append(("head", str(len(engine.structure.head)), "", "stacked", ""))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    for row in rows:
-        cells = [
-            row[0].ljust(widths[0]),
-            row[1].rjust(widths[1]),
-            row[2].rjust(widths[2]),
-            row[3].ljust(widths[3]),
-            row[4],
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
 def stacked_head(heads: Sequence[np.ndarray], axis: int) -> np.ndarray:
     """Heads in canonical form, one under another: a background row of zeros, then every task's organ rows.
 
@@ -325,23 +289,6 @@ def _listed(value: Any) -> list[Any]:
 def _value(value: Any) -> Any:
     """A parameter from the command line as YAML would have it."""
     return [*value] if isinstance(value, tuple) else value
-
-
-def _print_methods(name: str) -> None:
-    """All methods, sparsifiers and post-processors, one a line, or the parameters of one."""
-    tables = {"": METHODS, "sparsifier: ": SPARSIFIERS, "post-processor: ": POSTPROCESSORS}
-    everything = {key: method for table in tables.values() for key, method in table.items()}
-    if not name:
-        width = max(map(len, everything))
-        for kind, table in tables.items():
-            print("\n".join(f"{key.ljust(width)}  {kind}{method.summary}" for key, method in table.items()))
-        return
-    if name not in everything:
-        raise UserError(f"no method {name!r}{nearest(name, everything)}; see --list")
-    method = everything[name]
-    print(f"{name}: {method.summary}\n{method.reference}")
-    for parameter in method.parameters.values():
-        print(f"  {parameter.name} = {parameter.default}: {parameter.help}")
 
 
 def _bytes(layout: tuple[str, tuple[int, ...]]) -> int:

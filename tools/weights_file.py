@@ -388,7 +388,9 @@ def _unpickled(data: bytes) -> object:
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name not in _OPCODES:
             raise pickle.UnpicklingError(f"it has an instruction {opcode.name}, which tensors do not need")
-        if opcode.name == "LONG_BINPUT" and argument > len(data):  # the unpickler would make a table of that many entries
+        if opcode.name == "LONG_BINPUT" and argument > len(
+            data
+        ):  # the unpickler would make a table of that many entries
             raise pickle.UnpicklingError("it numbers more things than it has")
     return _Unpickler(io.BytesIO(data)).load()
 

@@ -1,0 +1,94 @@
+"""``recalibrate``: batch normalisation's running statistics of a merged network, measured anew on unlabelled scans.
+
+The statistics of a merge are the mean of the specialists', but its activations are not (REPAIR, Jordan et al., ICLR 2023).
+Networks with group or instance normalisation, as those here, have no such statistics and need none of this.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+from tools.bundle import Bundle
+from tools.errors import UserError
+from tools.instantiate import update_metadata
+from tools.lineage import file_sha256
+from tools.output import complete_output
+from tools.scans import choose_scans
+
+
+def recalibrate(
+    bundle: str,
+    images: str,
+    output: str,
+    part: str = "",
+    split_file: str = "",
+    scans: int = 8,
+    patches: int = 8,
+    batch_size: int = 4,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> None:
+    """Write a copy of a bundle whose running means and variances are those of its own activations on some scans.
+
+    Args:
+        bundle: with weights.
+        images: folder of images, or an nnU-Net dataset, whose labels are not looked at.
+        output: folder of the new bundle.
+        part: of an nnU-Net dataset: "train", "val" or "test" of its split; default: all labelled cases.
+        split_file: JSON file with the split; default: the dataset's splits_final.json.
+        scans: how many to use, chosen at random.
+        patches: from each of them.
+        batch_size: patches that are looked at together.
+        seed: of scans and patches.
+        overwrite: replace the output if it exists.
+
+    Raises:
+        UserError: the network has no running statistics, or there are no scans.
+    """
+    import torch
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    source = Bundle(bundle)
+    state = source.state()
+    with source.code():
+        network = source.parser().get_parsed_content("network_def")
+    network.load_state_dict(state)
+    layers = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not layers:
+        raise UserError(f"the network of {bundle} keeps no running statistics: there is nothing to measure anew")
+    cases = choose_scans(images, source, part, split_file, scans, seed)
+    network.eval()
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # the mean over all that is seen
+        layer.train()
+    with torch.inference_mode():
+        for batch in patches_of(source, cases, patches, batch_size, seed):
+            network(batch)
+    for name, tensor in network.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            tensor.copy_(state[name])
+    with complete_output(output, overwrite) as folder:
+        shutil.copytree(source.path, folder, ignore=shutil.ignore_patterns("eval", "checkpoints", "__pycache__"))
+        torch.save(network.state_dict(), folder / "models" / "model.pt")
+        facts = {"of": file_sha256(source.model_file), "scans": len(cases), "patches": patches, "seed": seed}
+        update_metadata(folder, lineage={**source.metadata.get("lineage", {}), "recalibrated": facts})
+    print(f"{output}: {len(layers)} layers measured on {len(cases)} scans")
+
+
+def patches_of(bundle: Bundle, cases: list[dict], patches: int, batch_size: int, seed: int):
+    """Batches (N, in, …) of random patches, preprocessed as the bundle does; the last one may be smaller."""
+    import torch
+    from monai.transforms import Compose, RandSpatialCropSamplesd, SpatialPadd
+    from tqdm import tqdm
+
+    size = bundle.resolved("patch_size")
+    with bundle.code():
+        preprocessing = bundle.parser().get_parsed_content("preprocessing")
+    crop = Compose(
+        [SpatialPadd("image", size), RandSpatialCropSamplesd("image", size, num_samples=patches, random_size=False)]
+    ).set_random_state(seed)
+    for case in tqdm(cases, desc="scans", disable=None, leave=False):
+        pieces = [piece["image"].as_tensor() for piece in crop(preprocessing({"image": case["image"]}))]
+        for start in range(0, len(pieces), batch_size):
+            yield torch.stack(pieces[start : start + batch_size])
