@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shlex
 import statistics
@@ -18,7 +19,7 @@ import yaml
 from safetensors.numpy import save_file
 
 from tools.lineage import backbone_sha256
-from tools.network import Structure, build
+from tools.network import Structure
 from tools.task_vector import Facts, save_task_vector
 from tools.weights_file import WeightsFile, write_torch
 
@@ -38,7 +39,10 @@ DENSITY = 0.2
 def compare_merging(runs: int = 5) -> None:
     """Print seconds (median), their ratio to reading and writing the bytes, and the largest resident memory."""
     with tempfile.TemporaryDirectory(dir=ROOT) as folder:
-        files = make_models(Path(folder))
+        maker = multiprocessing.get_context("spawn").Process(target=make_models, args=(Path(folder),))
+        maker.start()  # a process of its own: a child's peak memory begins with that of its parent
+        maker.join()
+        files = json.loads((Path(folder) / "files.json").read_text())
         size = f"{files['parameters'] / 1e6:.1f} M parameters"
         print(f"\n{size}, starting point and {TASKS} vectors, page cache warm, whole processes")
         commands = {
@@ -54,9 +58,8 @@ def compare_merging(runs: int = 5) -> None:
         figures: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
         for turn in range(1 + runs):
             for name, command in commands.items():
-                if turn and "mergekit" in name and turn > 2:
-                    continue  # a minute each
-                figures[name].append(measured(command))
+                if "mergekit" not in name or turn < 3:  # a minute each
+                    figures[name].append(measured(command))
         floor = statistics.median(seconds for seconds, _ in figures["read the vectors, write a model"][1:])
         for name, pairs in figures.items():
             seconds = statistics.median(s for s, _ in pairs[1:])
@@ -68,7 +71,9 @@ def measured(command: str) -> tuple[float, float]:
     """Wall-clock seconds and peak resident MiB of a shell command."""
     began = time.perf_counter()
     process = subprocess.Popen(
-        ["sh", "-c", f"exec {command}" if "&&" not in command else command], stdout=subprocess.DEVNULL
+        ["sh", "-c", f"exec {command}" if "&&" not in command else command],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     _, status, usage = os.wait4(process.pid, 0)
     if status:
@@ -97,8 +102,10 @@ def theirs(folder: str, method: str, parameters: dict[str, float]) -> str:
     return f"{MERGEKIT} {path} {folder}/theirs/merged"
 
 
-def make_models(folder: Path) -> dict[str, str | int]:
-    """Random models of the published network at twice its width, as bundle and task vectors and as safetensors files."""
+def make_models(folder: Path) -> None:
+    """Write random models of the published network at twice its width, as bundle and task vectors and as safetensors files."""
+    from tools.network import build
+
     shapes = {name: tuple(tensor.shape) for name, tensor in build(NETWORK, 2).state_dict().items()}
     (folder / "theirs").mkdir()
     bundle = folder / "start"
@@ -122,11 +129,8 @@ def make_models(folder: Path) -> dict[str, str | int]:
         save_task_vector(folder / f"{task}.safetensors", facts, pairs, head, {})
         save_file(tuned, folder / "theirs" / f"{task}.safetensors")
     vectors = " ".join(str(folder / f"{task}.safetensors") for task in range(TASKS))
-    return {
-        "parameters": sum(t.size for n, t in base.items() if n not in HEAD),
-        "start": str(model),
-        "vectors": vectors,
-    }
+    count = sum(tensor.size for name, tensor in base.items() if name not in HEAD)
+    (folder / "files.json").write_text(json.dumps({"parameters": count, "start": str(model), "vectors": vectors}))
 
 
 def weights(shapes: dict[str, tuple[int, ...]], seed: int) -> Iterator[tuple[str, np.ndarray]]:
