@@ -17,7 +17,7 @@ from tools.merge import merge_recipe, split_paths
 from tools.merge_methods import METHODS
 from tools.recipe import Recipe
 
-SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
+SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5)
 PAIRS_ONLY = ("slerp", "nuslerp")
 
 
