@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -162,8 +163,6 @@ def write_weights(path: Path, engine: MergeEngine, whole: Mapping[str, np.ndarra
         engine: merges the backbone.
         whole: the other tensors: stacked head and integer buffers.
     """
-    from tqdm import tqdm
-
     entries, aliases = engine.start.entries, engine.structure.aliases
     layout = {}
     for name, entry in entries.items():
@@ -179,15 +178,32 @@ def write_weights(path: Path, engine: MergeEngine, whole: Mapping[str, np.ndarra
         for name, tensor in whole.items():
             yield name, iter([to_bytes(tensor, layout[name][0])])
 
-    size = sum(prod(entries[name].shape) for name in engine.names)
-    with tqdm(total=size, desc=engine.method.name, unit_scale=True, disable=None, leave=False) as bar:
+    write_torch(path, layout, _with_progress(data(), engine, layout), aliases)
+
+
+def _with_progress(
+    data: Iterator[tuple[str, Iterator[np.ndarray]]],
+    engine: MergeEngine,
+    layout: Mapping[str, tuple[str, tuple[int, ...]]],
+) -> Iterator[tuple[str, Iterator[np.ndarray]]]:
+    """The same data, with a progress bar of the merged entries on a terminal."""
+    if not sys.stderr.isatty():
+        yield from data
+        return
+    from tqdm import tqdm
+
+    widths = {name: np.dtype(DTYPES[dtype]).itemsize for name, (dtype, _) in layout.items()}
+    with tqdm(
+        total=sum(prod(layout[name][1]) for name in layout), desc=engine.method.name, unit_scale=True, leave=False
+    ) as bar:
 
         def counted(name: str, pieces: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
             for piece in pieces:
                 yield piece
-                bar.update(prod(entries[name].shape) * len(piece) // max(1, _bytes(layout[name])))
+                bar.update(piece.size // widths[name])
 
-        write_torch(path, layout, ((name, counted(name, pieces)) for name, pieces in data()), aliases)
+        for name, pieces in data:
+            yield name, counted(name, pieces)
 
 
 def stacked_head(heads: Sequence[np.ndarray], axis: int) -> np.ndarray:
@@ -289,7 +305,3 @@ def _listed(value: Any) -> list[Any]:
 def _value(value: Any) -> Any:
     """A parameter from the command line as YAML would have it."""
     return [*value] if isinstance(value, tuple) else value
-
-
-def _bytes(layout: tuple[str, tuple[int, ...]]) -> int:
-    return prod(layout[1]) * np.dtype(DTYPES[layout[0]]).itemsize
