@@ -65,7 +65,11 @@ def test_scalars_empty_tensors_and_counters_come_back(tmp_path):
     vector = TaskVector(path)
     assert vector.delta("scalar").shape == () and vector.delta("scalar") == 0.5
     assert vector.delta("empty").shape == (0, 3)
-    assert vector.buffers["steps"] == 7 and np.array_equal(vector.buffers["index"], buffers["index"])
+    assert (
+        vector.buffers["steps"].shape == ()
+        and vector.buffers["steps"] == 7
+        and np.array_equal(vector.buffers["index"], buffers["index"])
+    )
 
 
 def test_one_flipped_bit_anywhere_is_found(tmp_path):

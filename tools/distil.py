@@ -158,7 +158,7 @@ class Student:
     def _on_device(self, array: np.ndarray) -> Tensor:
         import torch
 
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        return torch.from_numpy(np.array(array, order="C")).to(self.device)
 
 
 @dataclass

@@ -287,7 +287,7 @@ def save_task_vector(
         "tensors": tensors,
         "checksums": {key: checksum(np.asarray(tensor)) for key, tensor in whole.items()},
     }
-    arrays |= {key: np.ascontiguousarray(tensor) for key, tensor in whole.items()}
+    arrays |= {key: np.array(tensor, order="C") for key, tensor in whole.items()}
     save_file(arrays, path, metadata={FORMAT: json.dumps(header)})
 
 
