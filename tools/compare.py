@@ -13,9 +13,11 @@ import yaml
 
 from tools.bundle import Bundle, read_json
 from tools.errors import UserError, nearest
+from tools.lineage import file_sha256
 from tools.merge import merge_recipe, split_paths
 from tools.merge_methods import METHODS
 from tools.recipe import Recipe
+from tools.task_vector import TaskVector
 
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5)
 PAIRS_ONLY = ("slerp", "nuslerp")
@@ -130,10 +132,9 @@ class _Scorer:
         self.known: dict[str, dict[str, float]] = read_json(self.path) if self.path.is_file() else {}
 
     def recipe(self, recipe: Recipe, part: str) -> dict[str, float]:
-        from tools.lineage import file_sha256
-
         key = json.dumps(
-            [recipe.as_dict(), [file_sha256(v) for v in recipe.vectors], self._cases_key(part)], sort_keys=True
+            [recipe.as_dict(), [TaskVector(path).sha256 for path in recipe.vectors], self._cases_key(part)],
+            sort_keys=True,
         )
         if key not in self.known:
             with tempfile.TemporaryDirectory(dir=self.output) as folder:
@@ -143,8 +144,6 @@ class _Scorer:
         return self.known[key]
 
     def bundle(self, path: Path, part: str) -> dict[str, float]:
-        from tools.lineage import file_sha256
-
         bundle = Bundle(path)
         bundle.weights()
         key = json.dumps([file_sha256(bundle.model_file), self._cases_key(part)])

@@ -13,8 +13,9 @@ import numpy as np
 from tools.bundle import Bundle
 from tools.errors import UserError
 from tools.lineage import backbone_sha256
-from tools.mergeability import mergeability, part_of, report
+from tools.mergeability import mergeability, report
 from tools.mergeability import plot as draw
+from tools.network import part_of
 from tools.output import complete_output
 from tools.task_vector import TaskVector
 from tools.weights_file import WeightsFile

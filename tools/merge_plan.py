@@ -9,6 +9,7 @@ from math import prod
 from tools.errors import UserError, nearest
 from tools.merge_engine import MergeEngine
 from tools.merge_methods import METHODS, POSTPROCESSORS, SPARSIFIERS
+from tools.network import part_of
 
 
 def describe_methods(name: str = "") -> str:
@@ -48,7 +49,7 @@ def plan_table(engine: MergeEngine, label_map: Mapping[str, object]) -> str:
     def key(name: str) -> tuple[str, str, str]:
         treatment = engine.treatment(name)
         values = engine.parameters_for(name) if treatment == "merged" else {}
-        return ".".join(name.split(".")[:2]), treatments[treatment], ", ".join(f"{k}={v}" for k, v in values.items())
+        return part_of(name), treatments[treatment], ", ".join(f"{k}={v}" for k, v in values.items())
 
     rows = [("tensors of", "number", "entries", "treatment", "parameters")]
     for (block, treatment, values), group in groupby(sorted(engine.names, key=key), key=key):

@@ -16,6 +16,7 @@ from tools.errors import UserError
 from tools.merge_engine import THREADS, Entries, in_order
 from tools.merge_methods.spectral import leading
 from tools.merge_methods.threshold import magnitude_of_share
+from tools.network import part_of
 from tools.task_vector import TaskVector
 from tools.weights_file import BLOCK, WeightsFile
 
@@ -28,11 +29,6 @@ MEASURES = {
     "top_overlap": f"overlap of the largest {TOP:.0%} of entries (chance {TOP})",
     "subspace_overlap": f"overlap of the leading output subspaces (chance {1 / SUBSPACE})",
 }
-
-
-def part_of(name: str) -> str:
-    """The part of the network that a tensor belongs to: "encoders.0" of "encoders.0.basic_module.conv1.weight"."""
-    return ".".join(name.split(".")[:2])
 
 
 def mergeability(vectors: Sequence[TaskVector], pretrained: WeightsFile | None = None) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def write_modulators(path: Path, engine: MergeEngine) -> None:
         layout[f"mask/{name}"] = "uint8", (len(vectors), -(-prod(shape) // 8))
     facts = {
         "scale": scales.astype(np.float32),
-        "shared": np.float32(engine.parameters_for(names[0])["scale"]),
+        "shared": np.float32((engine.method.defaults | engine.recipe.parameters)["scale"]),
         "channels": np.array([len(vector.facts.labels) for vector in vectors], np.int64),
     }
     layout |= {name: ("int64" if name == "channels" else "float32", np.shape(value)) for name, value in facts.items()}

@@ -68,6 +68,11 @@ class Structure:
         return np.moveaxis(grouped, 1, 2).reshape(shape)
 
 
+def part_of(name: str) -> str:
+    """The part of the network that a tensor belongs to: "encoders.0" of "encoders.0.basic_module.conv1.weight"."""
+    return ".".join(name.split(".")[:2])
+
+
 def output_argument(network_def: Mapping[str, Any]) -> str:
     """The argument of a ``network_def`` that sets the number of output channels.
 

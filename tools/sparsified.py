@@ -56,15 +56,8 @@ class SparsifiedVector:
         values = block.values * factors
         return Block(values, block.positions, block.remainders * factors[block.positions])
 
-    def blocks(self, name: str):
-        """As of the task vector."""
-        return (self.block(name, number) for number in range(len(self._vector.tensors[name].checksums)))
-
-    def delta(self, name: str) -> np.ndarray:
-        """As of the task vector."""
-        self._vector.check_finite(name)
-        blocks = [block.exact() for block in self.blocks(name)]
-        return np.concatenate(blocks or [np.empty(0)]).reshape(self._vector.tensors[name].shape)
+    blocks = TaskVector.blocks  # both go through block()
+    delta = TaskVector.delta
 
     def sample(self, name: str) -> np.ndarray:
         """As of the task vector, but it reads all of it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,14 +34,17 @@ class ModulatedInferer(MixedPrecisionInferer):
         self.modulators = modulators
         self.enabled = enabled
 
+    @cached_property
+    def content(self) -> dict[str, Tensor]:
+        """What the file of modulators holds, read when the first image comes."""
+        return torch.load(self.modulators, map_location="cpu", weights_only=True)
+
     def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self.enabled:
             return super().__call__(inputs, network, *args, **kwargs)
-        content = torch.load(self.modulators, map_location="cpu", weights_only=True)
-        module = getattr(network, "module", network)
-        tensors = module.state_dict()
-        shared = {name.removeprefix("unified/"): None for name in content if name.startswith("unified/")}
-        shared = {name: tensors[name].clone() for name in shared}
+        content, tensors = self.content, getattr(network, "module", network).state_dict()
+        names = [name.removeprefix("unified/") for name in content if name.startswith("unified/")]
+        shared = {name: tensors[name].clone() for name in names}
         outputs, first = [], 1
         try:
             for task, (scale, channels) in enumerate(
