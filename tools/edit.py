@@ -36,6 +36,8 @@ def edit(
     """
     merged = Bundle(bundle)
     path = merged.path / "docs" / "recipe.yaml"
+    if not path.is_file():
+        raise UserError(f"{bundle} is not a merged bundle: it has no docs/recipe.yaml")
     recipe = Recipe.read(path)
     tasks = _recorded_tasks(merged, recipe)
     removed = split_paths(remove)

@@ -33,6 +33,8 @@ def choose_scans(
     from tools.bundle_code.images import list_images
     from tools.evaluate import find_cases
 
+    if not Path(images).exists():
+        raise UserError(f"{images} not found: --images must name a folder of images, or an nnU-Net dataset")
     if (Path(images) / "dataset.json").is_file():
         cases = list(find_cases(images, part or "all", split_file, 0).values())
     else:
