@@ -9,7 +9,7 @@ demo: .venv/ready  ## the whole chain in minutes; DATASET=<nnU-Net folder> for r
 
 test: .venv/ready  ## everything, as continuous integration runs it; without mergekit its comparison is skipped and says so
 	-test -f .venv-mergekit/ready || $(MAKE) .venv-mergekit/ready
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-fast: .venv/ready
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 import pytest
+import torch
+
+from tools.__main__ import main
+from tools.bundle_code.residual_unet import ResidualUNet3D
+from tools.instantiate import copy_template, set_labels, update_metadata
 
 ROOT = Path(__file__).parents[1]
 QUICK = {"width": 8, "patch_size": "[32, 32, 32]", "patches_per_volume": 4, "max_epochs": 2, "val_interval": 1}
@@ -31,6 +39,18 @@ def run(
             f"{words} failed with {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
         )
     return result
+
+
+def here(*words: object) -> subprocess.CompletedProcess:
+    """The same for our own command line in this process, without the seconds that importing takes; never raises."""
+    out, err = StringIO(), StringIO()
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            code = main([*map(str, words[1:])])
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 def train(bundle: Path, *extra: object, check: bool = True, config: object = None) -> subprocess.CompletedProcess:
@@ -85,6 +105,20 @@ def chain(tmp_path_factory, phantom_dataset) -> Chain:
     files = ",".join(map(str, vectors.values()))
     run("tools", "merge", "--pretrained", pretrain, "--vectors", files, "--output", merged)
     return Chain(root, phantom_dataset, pretrain, specialists, vectors, merged)
+
+
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory) -> Path:
+    """A small bundle with random weights, for what does not depend on training."""
+    folder = tmp_path_factory.mktemp("untrained") / "two_organs"
+    copy_template(ROOT / "bundles" / "merged_inference", folder)
+    set_labels(folder, {"liver": [1], "spleen": [2]})
+    path = folder / "configs" / "inference.json"
+    path.write_text(path.read_text().replace('"width": 64', '"width": 8'))
+    update_metadata(folder, name="Two organs")
+    torch.manual_seed(0)
+    torch.save(ResidualUNet3D(1, 3, width=8).state_dict(), folder / "models" / "model.pt")
+    return folder
 
 
 @pytest.fixture(scope="session")

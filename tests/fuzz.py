@@ -26,6 +26,7 @@ from safetensors.torch import save as save_safetensors
 from tools.errors import UserError
 from tools.network import Structure
 from tools.recipe import Recipe
+from tools.task_statistics import TaskStatistics, save_statistics
 from tools.task_vector import Facts, TaskVector, save_task_vector
 from tools.weights_file import WeightsFile
 
@@ -40,6 +41,7 @@ exclude: ["*.bias"]
 sparsify: {method: dare, parameters: {density: 0.5}}
 postprocess: [lines, {method: svc, parameters: {floor: 0.3}}]
 dtype: float16
+heads: heads.safetensors
 seed: 3
 """
 
@@ -162,6 +164,36 @@ class Vector:
             assert found, f"tensor {name} is not what was written"
 
 
+class Statistics:
+    """What was measured of a specialist, beside its sound task vector."""
+
+    name = "liver.fisher.safetensors"
+
+    def __init__(self) -> None:
+        self.vector = Vector().data
+        chance = np.random.default_rng(0)
+        self.content = {"w": chance.random((3, 20), np.float32), "b": chance.random(7, np.float32)}
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / self.name
+            facts = {"method": "fisher", "finetuned_sha256": "1" * 64}
+            shapes = {name: array.shape for name, array in self.content.items()}
+            save_statistics(path, facts, shapes, self.content.items())
+            self.data = path.read_bytes()
+
+    def make(self, chance: random.Random) -> bytes:
+        return mutated(self.data, chance)
+
+    def check(self, path: Path) -> None:
+        vector = path.with_name("liver.safetensors")
+        vector.write_bytes(self.vector)
+        statistics = TaskStatistics(TaskVector(vector), "fisher")
+        for name in ("w", "b"):
+            if statistics.shape(name):
+                array = statistics.array(name)
+                found = [a for a in self.content.values() if a.shape == array.shape and np.array_equal(a, array)]
+                assert found, f"tensor {name} is not what was written"
+
+
 class RecipeFile:
     """A recipe: text, and text that is no longer UTF-8."""
 
@@ -188,7 +220,7 @@ def same(ours: dict[str, np.ndarray], theirs: dict[str, torch.Tensor]) -> None:
         assert np.array_equal(ours[name], tensor.numpy()), f"tensor {name} differs"
 
 
-def fuzz(target: Torch | Safetensors | Vector | RecipeFile, inputs: int, seed: int) -> Counter:
+def fuzz(target: Torch | Safetensors | Vector | Statistics | RecipeFile, inputs: int, seed: int) -> Counter:
     """Feed mutated inputs to a reader.
 
     Returns:
@@ -223,7 +255,7 @@ def fuzz(target: Torch | Safetensors | Vector | RecipeFile, inputs: int, seed: i
 def main(inputs: int = 100_000, seed: int = 0) -> None:
     warnings.simplefilter("ignore")
     began = time.time()
-    targets = (Torch(), Safetensors(), Vector(), RecipeFile())
+    targets = (Torch(), Safetensors(), Vector(), Statistics(), RecipeFile())
     for target in targets:
         fuzz(target, inputs // len(targets), seed)
     print(f"no crash, no wrong accept; {time.time() - began:.0f} s")

@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from tests.conftest import run
+from tests.conftest import here, run
 from tools.bundle_code.nnunet_data import all_cases
 from tools.compare import Row, table
 from tools.errors import UserError
@@ -67,7 +67,7 @@ def test_lambda_is_chosen_on_validation_and_rows_can_be_repeated(chain, tmp_path
     run(*words, "--scales", "0.3,0.9")  # nothing is scored twice
     for row in json.loads((tmp_path / "out" / "results.json").read_text()):
         assert row["dice"] == {label: dice / 2 for label, dice in rows[row["title"]]["dice"].items()}
-    result = run(*words[:-1], "averge", check=False)
+    result = here(*words[:-1], "averge")
     assert result.returncode == 1 and "did you mean 'average'" in result.stderr
 
 

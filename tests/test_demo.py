@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from tests.conftest import ROOT, run
+from tests.conftest import ROOT, here, run
 from tools.demo import results_table
 
 
@@ -34,7 +34,7 @@ def test_the_demo_makes_its_table_and_pictures_and_resumes(tmp_path):
 
 
 def test_too_few_patients_are_refused(chain):
-    result = run("tools", "demo", "--dataset_dir", chain.dataset, "--output", chain.root / "demo", check=False)
+    result = here("tools", "demo", "--dataset_dir", chain.dataset, "--output", chain.root / "demo")
     assert result.returncode == 1
     assert "three separate groups need 7 at least" in result.stderr
 
@@ -58,6 +58,6 @@ def test_a_task_whose_folder_would_be_another_steps_is_refused(chain, tmp_path):
     for file in [*dataset.glob("imagesTr/*"), *dataset.glob("labelsTr/*")]:  # 4 patients become 8
         shutil.copyfile(file, file.with_name(f"again_{file.name}"))
     words = ["tools", "demo", "--dataset_dir", dataset, "--output", tmp_path / "demo", "--tasks"]
-    result = run(*words, "{pretrain: liver, spleen: spleen}", check=False)
+    result = here(*words, "{pretrain: liver, spleen: spleen}")
     assert result.returncode == 1
     assert "the folder name of task 'pretrain' is taken" in result.stderr

@@ -8,10 +8,11 @@ import nibabel
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT, run
+from tests.conftest import ROOT, here, run
 from tests.test_merge import refused
+from tools.bundle import Bundle, read_json, write_json
 from tools.errors import UserError
-from tools.evaluate import Score, evaluate, summarise
+from tools.evaluate import Score, evaluate, find_cases, segment, summarise
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_other_label_names_are_mapped_or_refused(chain, tmp_path):
     }
     (data / "dataset.json").write_text(json.dumps(description))
     words = ["--bundle", chain.merged, "--dataset_dir", data, "--output", tmp_path / "out", "--overlays", False]
-    refused(run("tools", "evaluate", *words, check=False), "none of the labels", "liver, spleen", "--labels")
+    refused(here("tools", "evaluate", *words), "none of the labels", "liver, spleen", "--labels")
     result = run("tools", "evaluate", *words, "--labels", "{liver: hepar}")
     assert "not scored, because the dataset does not have them: spleen" in result.stdout
 
@@ -76,10 +77,10 @@ def test_split_parts_choose_the_cases(chain, tmp_path):
     assert {row["case"] for row in csv.DictReader((tmp_path / "out" / "dice.csv").open())} == {"phantom_002"}
     words[-1] = tmp_path / "other"
     refused(
-        run("tools", "evaluate", *words, "--split_file", tmp_path / "no.json", "--part", "test", check=False),
+        here("tools", "evaluate", *words, "--split_file", tmp_path / "no.json", "--part", "test"),
         "not found",
     )
-    refused(run("tools", "evaluate", *words, "--split_file", split, "--part", "gone", check=False), "no part 'gone'")
+    refused(here("tools", "evaluate", *words, "--split_file", split, "--part", "gone"), "no part 'gone'")
 
 
 def test_a_bundle_without_weights_is_refused(chain, tmp_path):
@@ -87,7 +88,7 @@ def test_a_bundle_without_weights_is_refused(chain, tmp_path):
     shutil.copytree(chain.merged, bundle)
     (bundle / "models" / "model.pt").unlink()
     words = ["--bundle", bundle, "--dataset_dir", chain.dataset, "--output", tmp_path / "out"]
-    refused(run("tools", "evaluate", *words, check=False), "model.pt not found")
+    refused(here("tools", "evaluate", *words), "model.pt not found")
     assert not (tmp_path / "out").exists()
 
 
@@ -101,3 +102,24 @@ def test_an_empty_part_is_refused(tmp_path):
     with pytest.raises(UserError, match="part 'val' of the split has no cases"):
         evaluate(str(ROOT / "bundles" / "taskvector_template"), str(tmp_path), str(tmp_path / "out"), part="val")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_bundle_whose_inferer_gives_logits_is_segmented_as_before(chain, tmp_path):
+    """MONAI's inferer, and an argmax in postprocessing, as in any other bundle."""
+    other = tmp_path / "other"
+    shutil.copytree(chain.merged, other)
+    config = read_json(other / "configs" / "inference.json")
+    for knob in ("windows", "mirror_axes", "skip_below", "inferer_output"):
+        del config[knob]
+    windows = {"roi_size": "@patch_size", "sw_batch_size": "@sw_batch_size", "overlap": "@overlap", "mode": "gaussian"}
+    config["inferer"] = {
+        "_target_": "scripts.inferers.MixedPrecisionInferer",
+        "inferer": {"_target_": "SlidingWindowInferer", **windows},
+    }
+    for transform in config["postprocessing"]["transforms"]:
+        transform.pop("_disabled_", None)
+    write_json(other / "configs" / "inference.json", config)
+    cases = find_cases(chain.dataset, "all", "", 0)
+    maps = [[prediction for _, prediction, *_ in segment(Bundle(b), cases)] for b in (chain.merged, other)]
+    assert maps[0][0].any()
+    assert all(np.array_equal(*pair) for pair in zip(*maps, strict=True))

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from tests.conftest import ROOT, run
 from tools.bundle import Bundle
 from tools.errors import UserError
-from tools.merge import stacked_head
+from tools.heads import stacked_head
 from tools.recipe import Recipe
 from tools.task_vector import FORMAT, TaskVector
 
@@ -72,7 +72,7 @@ def test_stacked_heads_keep_every_tasks_own_logits(chain, image):
     for head in heads:
         head[0] = 0
     features = np.random.default_rng(0).standard_normal((8, 100)).astype(np.float32)
-    stacked = stacked_head(heads, 0)[..., 0, 0, 0] @ features
+    stacked = stacked_head(heads, (0,))[..., 0, 0, 0] @ features
     separate = [(head[1:, :, 0, 0, 0] @ features) for head in heads]
     np.testing.assert_allclose(stacked, np.concatenate([np.zeros((1, 100)), *separate]), rtol=1e-6)
 
@@ -290,16 +290,18 @@ def test_an_interrupted_merge_leaves_the_old_output_untouched(chain, tmp_path, s
     assert os.listdir(tmp_path) == ["merged"]
 
 
-def test_a_full_disk_is_one_line_and_nothing_is_left(chain, tmp_path, monkeypatch):
-    from tools import task_vector
-    from tools.diff import diff
-
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(task_vector, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        diff(str(chain.pretrain), str(chain.specialists["liver"]), str(tmp_path / "v.safetensors"))
+@pytest.mark.parametrize("command", ["diff", "merge"])
+def test_a_full_disk_is_one_line_and_nothing_is_left(chain, tmp_path, command):
+    """The system refuses to write a file beyond some size, half-way through: as a full disk does, with another word."""
+    words = {
+        "diff": ["--finetuned", chain.specialists["liver"], "--output", tmp_path / "v.safetensors"],
+        "merge": ["--vectors", chain.vectors["liver"], "--output", tmp_path / "m"],
+    }
+    line = [sys.executable, "-m", "tools", command, "--pretrained", chain.pretrain, *words[command]]
+    limit = "import os, sys, resource as r; r.setrlimit(r.RLIMIT_FSIZE, (200_000, 200_000)); "
+    limited = limit + "os.execv(sys.argv[1], sys.argv[1:])"
+    program = [sys.executable, "-c", limited, *map(str, line)]
+    refused(subprocess.run(program, cwd=ROOT, capture_output=True, text=True), "File too large")
     assert os.listdir(tmp_path) == []
 
 

@@ -9,6 +9,7 @@ from tools.merge_methods import METHODS, POSTPROCESSORS, SPARSIFIERS
 from tools.merge_methods.threshold import FEW, magnitude_of_share
 from tools.network import Structure
 from tools.recipe import Recipe
+from tools.task_statistics import save_statistics, statistics_file
 from tools.task_vector import Facts, TaskVector, save_task_vector
 from tools.weights_file import WeightsFile, write_torch
 
@@ -33,12 +34,33 @@ def merged(tmp_path):
             pairs = [(n, pretrained[n].astype(np.float32), t.astype(np.float32)) for n, t in specialist.items()]
             paths.append(str(tmp_path / f"{position}.safetensors"))
             save_task_vector(paths[-1], facts, pairs, {"head": np.zeros((2, 3), np.float32)}, {})
+            if METHODS[method].needs_statistics:
+                measured = recipe["statistics"][position] if "statistics" in recipe else statistics(method, specialist)
+                shapes = {name: array.shape for name, array in measured.items()}
+                about = {"method": method, "finetuned_sha256": facts.finetuned_sha256}
+                save_statistics(statistics_file(paths[-1], method), about, shapes, measured.items())
+        recipe.pop("statistics", None)
         recipe = Recipe("start", paths, method, recipe.pop("parameters", {}), **recipe)
         engine = MergeEngine(recipe, WeightsFile(tmp_path / "start.pt"), [TaskVector(path) for path in paths])
         pieces = {name: b"".join(piece.tobytes() for piece in data) for name, data in engine.pieces()}
         return {name: np.frombuffer(data, "<f4").reshape(pretrained[name].shape) for name, data in pieces.items()}
 
     return run
+
+
+def statistics(method, specialist, structure=STRUCTURE):
+    """Some that belong to this specialist, whatever its place among the others."""
+    random = np.random.default_rng(np.frombuffer(b"".join(t.tobytes() for t in specialist.values()), np.uint8))
+    if method == "fisher":
+        return {name: random.random(tensor.shape, np.float32) for name, tensor in specialist.items()}
+    grams = {}
+    for name, tensor in specialist.items():
+        if structure.is_matrix(name, tensor.shape):
+            groups, _, columns = structure.matrices_shape(name, tensor.shape)
+            inputs = tensor.shape[0] // groups if name in structure.transposed else columns
+            seen = random.standard_normal((groups, 3 * inputs, inputs)).astype(np.float32)
+            grams[name] = seen.swapaxes(1, 2) @ seen / seen.shape[1]
+    return grams
 
 
 def weights(seed, shapes=SHAPES):
@@ -119,7 +141,10 @@ class Pieces:
 
 @pytest.mark.parametrize("share", [1e-6, 0.01, 0.2, 0.5, 0.999, 1.0])
 @pytest.mark.parametrize("ties", [False, True])
-def test_the_threshold_is_that_of_a_full_sort(share, ties):
+@pytest.mark.parametrize("many", [2**22, 1000])
+def test_the_threshold_is_that_of_a_full_sort(share, ties, many, monkeypatch):
+    """Also of a vector so large that its bracket must be narrowed first."""
+    monkeypatch.setattr("tools.merge_methods.threshold.MANY", many)
     random = np.random.default_rng(0)
     values = np.abs(random.standard_normal(FEW + 12345)).astype(np.float32)
     if ties:
@@ -130,7 +155,25 @@ def test_the_threshold_is_that_of_a_full_sort(share, ties):
     assert magnitude_of_share(Pieces([-values[:50], values[:0]]), 0.5) == np.sort(values[:50])[25]
 
 
-def test_a_threshold_that_the_sample_misses_is_found_all_the_same():
+def test_a_large_vector_that_is_mostly_zero_or_has_nan_needs_no_more_memory(monkeypatch):
+    monkeypatch.setattr("tools.merge_methods.threshold.MANY", 1000)
+    kept = []
+    monkeypatch.setattr(
+        "tools.merge_methods.threshold._nth_largest", lambda v, n: kept.append(v.size) or np.sort(v)[-n]
+    )
+    values = np.zeros(2 * FEW, np.float32)
+    values[: FEW // 2] = np.random.default_rng(0).standard_normal(FEW // 2)
+    for share in (0.2, 0.9):
+        expected = np.sort(np.abs(values))[values.size - round(share * values.size)]
+        assert magnitude_of_share(Pieces(np.array_split(values, 5)), share) == expected
+    assert max(kept, default=0) < FEW // 8
+    values[5] = np.nan
+    assert magnitude_of_share(Pieces([values]), 1.0) == 0
+
+
+@pytest.mark.parametrize("many", [2**22, 1000])
+def test_a_threshold_that_the_sample_misses_is_found_all_the_same(many, monkeypatch):
+    monkeypatch.setattr("tools.merge_methods.threshold.MANY", many)
     values = np.zeros(2 * FEW, np.float32)
     values[1::64] = -5  # never in the sample, which is every 64th from the first on
     values[2::64] = 3
@@ -457,6 +500,55 @@ def test_svc_is_the_papers_formula(merged, pretrained, specialists):
     assert np.array_equal(
         whole["bias"], merged("task_arithmetic", specialists, pretrained, parameters=parameters)["bias"]
     )
+
+
+def test_fisher_weighs_every_entry_by_its_information(merged, pretrained, specialists):
+    measured = [statistics("fisher", s) for s in specialists[:2]]
+    measured[0]["bias"][:3], measured[1]["bias"][:3] = 0, 0  # nobody's: averaged
+    measured[0]["bias"][3:5] = 0  # the other's
+    result = merged("fisher", specialists[:2], pretrained, statistics=measured)
+    for name in pretrained:
+        f, s = ([np.float64(p[name]) for p in pair] for pair in (measured, specialists[:2]))
+        f = [np.maximum(values, 1e-6) for values in f]
+        np.testing.assert_allclose(result[name], (f[0] * s[0] + f[1] * s[1]) / (f[0] + f[1]), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(result["bias"][3:5], specialists[1]["bias"][3:5], rtol=1e-4, atol=1e-5)
+
+
+def test_regmean_is_the_least_squares_solution(merged):
+    """Of X₁W ≈ X₁W₁ and X₂W ≈ X₂W₂ together, solved by numpy; for a convolution X is what the kernel covers."""
+    random = np.random.default_rng(0)
+    shapes = {
+        "linear": (5, 6),
+        "kernel": (4, 3, 2, 2, 2),
+        "grouped": (4, 3, 1, 1, 1),
+        "up": (4, 2, 2, 1, 1),
+        "bias": (7,),
+    }
+    structure = Structure({"head": 0}, transposed=["up"], groups={"grouped": 2})
+    pretrained, *specialists = (weights(seed, shapes) for seed in range(3))
+    inputs = {"linear": (1, 6), "kernel": (1, 24), "grouped": (2, 3), "up": (1, 4)}
+    seen = [{n: random.standard_normal((g, 50, i)) for n, (g, i) in inputs.items()} for _ in specialists]
+    for name in seen[0]:
+        seen[0][name][:, :, 0] *= 10  # the first task sees another kind of inputs
+    grams = [{n: np.float32(x.swapaxes(1, 2) @ x) for n, x in each.items()} for each in seen]
+    parameters = {"off_diagonal": 1.0}
+    result = merged("regmean", specialists, pretrained, structure, parameters=parameters, statistics=grams)
+    for name, (groups, count) in inputs.items():
+        for group in range(groups):
+
+            def matrix(tensor, name=name, group=group, groups=groups, count=count):
+                """Inputs × outputs, by the definition of the layer."""
+                if name == "up":
+                    return tensor.reshape(count, -1)
+                return tensor.reshape(groups, -1, count)[group].T
+
+            x = np.concatenate([each[name][group] for each in seen])
+            y = np.concatenate([e[name][group] @ np.float64(matrix(s[name])) for e, s in zip(seen, specialists)])
+            expected = np.linalg.lstsq(x, y, rcond=None)[0]
+            np.testing.assert_allclose(matrix(result[name]), expected, rtol=1e-3, atol=1e-4)
+    mean = np.mean([s["bias"] for s in specialists], axis=0)
+    np.testing.assert_allclose(result["bias"], mean, rtol=1e-5, atol=1e-6)  # nothing was measured of it
+    assert np.abs(result["linear"] - np.mean([s["linear"] for s in specialists], axis=0)).max() > 0.1
 
 
 @pytest.mark.parametrize("name", [*METHODS, *SPARSIFIERS, *POSTPROCESSORS])

@@ -2,16 +2,23 @@
 
 import json
 import shutil
+from functools import cache
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run
 from tools.bundle import Bundle, write_json
 from tools.diff import diff
+from tools.distil import Student
+from tools.edit import edit
 from tools.errors import UserError
+from tools.heads import canonical_head
 from tools.merge import merge
+from tools.network import describe
+from tools.task_vector import TaskVector
 
 COMMON = {"spatial_dims": 3, "in_channels": 1}
 NETWORKS = {
@@ -32,6 +39,14 @@ NETWORKS = {
     "SegResNetDS": {**COMMON, "init_filters": 8, "dsdepth": 2},
     "SwinUNETR": {"in_channels": 1, "feature_size": 12},
     "UNet": {**COMMON, "channels": [4, 8, 16], "strides": [2, 2], "norm": "batch"},
+    "UNet with residual units": {
+        "_target_": "UNet",
+        **COMMON,
+        "channels": [4, 8, 16],
+        "strides": [2, 2],
+        "num_res_units": 2,
+        "norm": "batch",
+    },
     "UNETR": {
         "in_channels": 1,
         "img_size": [32, 32, 32],
@@ -40,11 +55,37 @@ NETWORKS = {
         "mlp_dim": 96,
         "num_heads": 4,
     },
+    "VNet": {**COMMON, "act": "prelu", "bias": True},
+    "PlainConvUNet": {
+        "_target_": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+        "input_channels": 1,
+        "n_stages": 3,
+        "features_per_stage": [4, 8, 16],
+        "conv_op": {"_target_": "torch.nn.Conv3d", "_mode_": "callable"},
+        "kernel_sizes": 3,
+        "strides": [1, 2, 2],
+        "n_conv_per_stage": 2,
+        "n_conv_per_stage_decoder": 2,
+        "conv_bias": True,
+        "norm_op": "$torch.nn.InstanceNorm3d",
+        "norm_op_kwargs": {"affine": True},
+        "nonlin": "$torch.nn.LeakyReLU",
+        "deep_supervision": True,
+    },
 }
+NNUNET = pytest.param(
+    "PlainConvUNet",
+    marks=pytest.mark.skipif(
+        find_spec("dynamic_network_architectures") is None, reason="dynamic-network-architectures is not installed"
+    ),
+)
+EVERY = [NNUNET if kind == "PlainConvUNet" else kind for kind in NETWORKS]
+RESIDUAL = "UNet with residual units"  # its head has two layers
 
 
 def network_def(kind, out_channels):
-    return {"_target_": kind, **NETWORKS[kind], "out_channels": out_channels}
+    argument = "num_classes" if kind == "PlainConvUNet" else "out_channels"
+    return {"_target_": kind, argument: out_channels, **NETWORKS[kind]}
 
 
 def network(kind, out_channels):
@@ -79,39 +120,61 @@ def fine_tuned(kind, pretrained, labels, seed):
     for parameter in one.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     for name, buffer in one.named_buffers():
-        if name.endswith("running_var"):
+        if name.endswith(("running_mean", "running_var")):
             buffer += torch.rand_like(buffer)
         elif name.endswith("num_batches_tracked"):
             buffer += seed
     return one
 
 
-@pytest.fixture
-def chain(tmp_path, request):
+def with_sigmoid_head(kind, one):
+    """As our own training leaves it: the background's logit is zero."""
+    structure, state = described(kind), one.state_dict()
+    head = {name: torch.from_numpy(canonical_head(structure, name, state[name].numpy())) for name in structure.head}
+    one.load_state_dict(state | head)
+
+
+@cache
+def described(kind):
+    return describe(network_def(kind, 2))
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory, request):
     """A starting point, two specialists (one with a sigmoid head in canonical form, one with a softmax head)."""
     kind = request.param
+    folder = tmp_path_factory.mktemp("networks")
     torch.manual_seed(0)
     start = network(kind, 4)
-    folders = {"start": bundle(tmp_path / "start", kind, start.state_dict(), ["x", "y", "z"])}
+    folders = {"start": bundle(folder / "start", kind, start.state_dict(), ["x", "y", "z"])}
     tasks = {"one": ["liver"], "two": ["spleen", "aorta"]}
     networks = {}
     for seed, (task, labels) in enumerate(tasks.items(), start=1):
         networks[task] = fine_tuned(kind, start.state_dict(), labels, seed)
-        folders[task] = bundle(tmp_path / task, kind, networks[task].state_dict(), labels)
-        diff(str(folders["start"]), str(folders[task]), str(tmp_path / f"{task}.safetensors"), task)
-    return kind, tmp_path, start, networks
+        if task == "one":
+            with_sigmoid_head(kind, networks[task])
+        folders[task] = bundle(folder / task, kind, networks[task].state_dict(), labels)
+        diff(str(folders["start"]), str(folders[task]), str(folder / f"{task}.safetensors"), task)
+    return kind, folder, start, networks
 
 
-def logits_of(merged, image):
+def outputs(one, image):
+    """The logits, and behind them those of deep supervision where the network returns them."""
+    with torch.inference_mode():
+        output = one(image)
+    return output if isinstance(output, list) else [output]
+
+
+def outputs_of(merged, image):
     merged = Bundle(merged)
-    with merged.code(), torch.inference_mode():
+    with merged.code():
         loaded = merged.parser().get_parsed_content("network_def")
         loaded.load_state_dict(merged.state(), strict=True)
-        return loaded.eval()(image)
+        return outputs(loaded.eval(), image)
 
 
-@pytest.mark.parametrize("chain", NETWORKS, indirect=True)
-def test_a_merged_network_is_each_specialist_when_its_backbone_is(chain):
+@pytest.mark.parametrize("chain", EVERY, indirect=True)
+def test_a_merged_network_is_each_specialist_when_its_backbone_is(chain, tmp_path):
     kind, folder, _, networks = chain
     size = 64 if kind == "SwinUNETR" else 32
     image = torch.rand(1, 1, size, size, size, generator=torch.Generator().manual_seed(0))
@@ -119,29 +182,30 @@ def test_a_merged_network_is_each_specialist_when_its_backbone_is(chain):
     organs = {"one": slice(1, 2), "two": slice(2, 4)}
     for task, scale in (("one", (1, 0)), ("two", (0, 1))):
         options = {"method": "task_arithmetic", "scale": scale}
-        merge(output=str(folder / f"m_{task}"), pretrained=str(folder / "start"), vectors=vectors, **options)
-        state, own = Bundle(folder / f"m_{task}").state(), networks[task].state_dict()
-        statistics = [n for n in state if n.endswith(("running_mean", "running_var", "num_batches_tracked"))]
-        for name in statistics:  # those are averaged: put the specialist's in, to look at the rest
-            state[name] = own[name]
-        torch.save(state, folder / f"m_{task}/models/model.pt")
-        with torch.inference_mode():
-            own_logits = networks[task](image)
-        margins = own_logits[:, 1:] - own_logits[:, :1]
-        got = logits_of(folder / f"m_{task}", image)
-        assert got.shape[1] == 4 and (got[:, 0] == 0).all()
-        torch.testing.assert_close(got[:, organs[task]], margins, rtol=1e-3, atol=1e-4)
-        channels = [0, *range(4)[organs[task]]]
-        agree = (got[:, channels].argmax(1) == own_logits.argmax(1)).float().mean()
-        assert agree > 0.9999  # the softmax decision is kept
+        merge(output=str(tmp_path / f"m_{task}"), pretrained=str(folder / "start"), vectors=vectors, **options)
+        state, own = Bundle(tmp_path / f"m_{task}").state(), networks[task].state_dict()
+        averaged = [n for n in state if n.endswith(("running_mean", "running_var", "num_batches_tracked"))]
+        for name in averaged:  # put the specialist's in, to look at the rest
+            if name not in described(kind).head:
+                state[name] = own[name]
+        torch.save(state, tmp_path / f"m_{task}/models/model.pt")
+        merged = outputs_of(tmp_path / f"m_{task}", image)
+        for got, own_logits in zip(merged, outputs(networks[task], image), strict=True):
+            assert own_logits[:, 0].any() == (task == "two")
+            margins = own_logits[:, 1:] - own_logits[:, :1]
+            assert got.shape[1] == 4 and (got[:, 0] == 0).all()
+            torch.testing.assert_close(got[:, organs[task]], margins, rtol=1e-3, atol=1e-4)
+            channels = [0, *range(4)[organs[task]]]
+            agree = (got[:, channels].argmax(1) == own_logits.argmax(1)).float().mean()
+            assert agree > 0.9999  # the softmax decision is kept
 
 
 @pytest.mark.parametrize("chain", ["DynUNet", "UNet"], indirect=True)
-def test_statistics_are_averaged_and_counters_are_the_largest(chain):
+def test_statistics_are_averaged_and_counters_are_the_largest(chain, tmp_path):
     _, folder, _, networks = chain
     vectors = f"{folder}/one.safetensors,{folder}/two.safetensors"
-    merge(output=str(folder / "m"), pretrained=str(folder / "start"), vectors=vectors, method="ties")
-    merged = Bundle(folder / "m").state()
+    merge(output=str(tmp_path / "m"), pretrained=str(folder / "start"), vectors=vectors, method="ties")
+    merged = Bundle(tmp_path / "m").state()
     states = [networks[task].state_dict() for task in ("one", "two")]
     found = 0
     for name, tensor in merged.items():
@@ -154,12 +218,12 @@ def test_statistics_are_averaged_and_counters_are_the_largest(chain):
 
 
 @pytest.mark.parametrize("chain", ["DynUNet"], indirect=True)
-def test_shared_tensors_are_merged_once_and_stay_shared(chain):
+def test_shared_tensors_are_merged_once_and_stay_shared(chain, tmp_path):
     _, folder, start, _ = chain
     vectors = f"{folder}/one.safetensors,{folder}/two.safetensors"
     parts = {"method": "dare", "parameters": {"density": 0.5}}
-    merge(output=str(folder / "m"), pretrained=str(folder / "start"), vectors=vectors, sparsify=parts)
-    state, original = Bundle(folder / "m").state(), start.state_dict()
+    merge(output=str(tmp_path / "m"), pretrained=str(folder / "start"), vectors=vectors, sparsify=parts)
+    state, original = Bundle(tmp_path / "m").state(), start.state_dict()
     assert list(state) == list(original)
 
     def shared(tensors):
@@ -168,7 +232,7 @@ def test_shared_tensors_are_merged_once_and_stay_shared(chain):
 
     assert shared(state) == shared(original)
     assert len(set(shared(state))) < 0.6 * len(state)
-    size = (folder / "m/models/model.pt").stat().st_size
+    size = (tmp_path / "m/models/model.pt").stat().st_size
     assert size < 1.2 * (folder / "start/models/model.pt").stat().st_size
     assert np.isfinite([t.double().sum().item() for t in state.values()]).all()
 
@@ -181,18 +245,18 @@ def test_recalibrated_statistics_are_those_of_the_activations(chain, tmp_path):
     _, folder, _, _ = chain
     phantom(str(tmp_path / "data"), cases=2)
     merge(
-        output=str(folder / "m"), pretrained=str(folder / "start"),
+        output=str(tmp_path / "m"), pretrained=str(folder / "start"),
         vectors=f"{folder}/one.safetensors,{folder}/two.safetensors",
     )  # fmt: skip
-    path = folder / "m/configs/inference.json"
+    path = tmp_path / "m/configs/inference.json"
     path.write_text(path.read_text().replace("[96, 96, 96]", "[32, 32, 32]"))
     options = {"images": str(tmp_path / "data"), "scans": 2, "patches": 4, "batch_size": 8}
-    recalibrate(str(folder / "m"), output=str(folder / "new"), **options)
-    before, after = Bundle(folder / "m").state(), Bundle(folder / "new").state()
+    recalibrate(str(tmp_path / "m"), output=str(tmp_path / "new"), **options)
+    before, after = Bundle(tmp_path / "m").state(), Bundle(tmp_path / "new").state()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if name.endswith(("running_mean", "running_var"))}
 
-    bundle, seen = Bundle(folder / "new"), []
+    bundle, seen = Bundle(tmp_path / "new"), []
     loaded = network("UNet", 4)
     loaded.load_state_dict(after)
     first = next(m for m in loaded.modules() if isinstance(m, torch.nn.BatchNorm3d))
@@ -208,8 +272,86 @@ def test_recalibrated_statistics_are_those_of_the_activations(chain, tmp_path):
 
 
 @pytest.mark.parametrize("chain", ["SegResNet"], indirect=True)
-def test_a_network_without_statistics_is_not_recalibrated(chain):
+def test_a_network_without_statistics_is_not_recalibrated(chain, tmp_path):
     from tools.recalibrate import recalibrate
 
     with pytest.raises(UserError, match="keeps no running statistics"):
-        recalibrate(str(chain[1] / "start"), str(chain[1]), str(chain[1] / "new"))
+        recalibrate(str(chain[1] / "start"), str(chain[1]), str(tmp_path / "new"))
+
+
+@pytest.mark.parametrize("chain", [RESIDUAL], indirect=True)
+def test_tasks_with_heads_of_several_layers_come_and_go(chain, tmp_path):
+    _, folder, start, networks = chain
+    one, two = (str(folder / f"{task}.safetensors") for task in networks)
+    merge(output=str(tmp_path / "m"), pretrained=str(folder / "start"), vectors=one)
+    stock = Bundle(tmp_path / "m").inference["network_def"]
+    assert stock == network_def(RESIDUAL, 2)  # alone it needs nothing beside the network itself
+    edit(str(tmp_path / "m"), str(tmp_path / "both"), add=two)
+    merge(output=str(tmp_path / "scratch"), pretrained=str(folder / "start"), vectors=f"{one},{two}")
+    files = [(tmp_path / name / "models/model.pt").read_bytes() for name in ("both", "scratch")]
+    assert files[0] == files[1]
+    both = Bundle(tmp_path / "both")
+    assert list(both.state()) == list(start.state_dict())
+    assert both.network_def() == network_def(RESIDUAL, 5)  # three organs and the background of each task
+    edit(str(tmp_path / "both"), str(tmp_path / "less"), remove="two")
+    assert Bundle(tmp_path / "less").inference["network_def"] == stock
+
+
+@pytest.mark.parametrize("chain", [RESIDUAL], indirect=True)
+def test_a_merge_of_heads_of_several_layers_is_a_starting_point_too(chain, tmp_path):
+    from tools.new_task import new_task
+    from tools.phantom import phantom
+
+    _, folder, _, _ = chain
+    vectors = f"{folder}/one.safetensors,{folder}/two.safetensors"
+    merge(output=str(tmp_path / "m"), pretrained=str(folder / "start"), vectors=vectors)
+    structure = Bundle(tmp_path / "m").structure()
+    assert structure == described(RESIDUAL)
+    phantom(str(tmp_path / "data"), cases=2)
+    new_task(str(tmp_path / "m"), str(tmp_path / "data"), str(tmp_path / "task"), task="liver")
+    task = Bundle(tmp_path / "task")
+    assert task.network_def() == network_def(RESIDUAL, 2)
+    from monai.bundle import ConfigParser
+
+    parser = ConfigParser(json.loads((tmp_path / "task/configs/train.json").read_text()))
+    parser.update({"bundle_root": str(tmp_path / "task")})
+    with task.code():
+        loaded = parser.get_parsed_content("network_def")
+        parser.get_parsed_content("optimizer")  # loads the backbone first
+    state, merged = loaded.state_dict(), Bundle(tmp_path / "m").state()
+    assert all(torch.equal(state[name], merged[name]) for name in state if name not in structure.head)
+    logits = loaded.eval()(torch.rand(1, 1, 16, 16, 16))
+    assert not logits[:, 0].any() and logits[:, 1].std() > 0
+    logits.square().sum().backward()
+    assert all(loaded.get_parameter(n).grad.any() for n, _ in loaded.named_parameters() if n in structure.head)
+
+
+@pytest.mark.parametrize("chain", [RESIDUAL], indirect=True)
+def test_a_student_with_a_head_of_several_layers_is_the_merge(chain, tmp_path):
+    _, folder, _, networks = chain
+    vectors = [str(folder / f"{task}.safetensors") for task in networks]
+    start = Bundle(folder / "start")
+    student = Student(start, start.weights(), [TaskVector(path) for path in vectors])
+    merge(output=str(tmp_path / "m"), pretrained=str(folder / "start"), vectors=vectors)
+    image = torch.rand(1, 1, 16, 16, 16)
+    (wanted,) = outputs_of(tmp_path / "m", image)
+    got = student(image, student.coefficients, {})
+    assert got.shape == wanted.shape
+    torch.testing.assert_close(got, wanted, rtol=0.1, atol=0.05 * float(wanted.abs().max()))  # bfloat16
+    with torch.inference_mode():
+        teacher, logits = student.teacher(1)(image), networks["two"](image)
+    torch.testing.assert_close(teacher, logits - logits[:, :1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("chain", ["VNet"], indirect=True)
+def test_monai_verifies_and_exports_a_merge_of_heads_of_several_layers(chain, tmp_path):
+    _, folder, _, _ = chain
+    vectors = f"{folder}/one.safetensors,{folder}/two.safetensors"
+    merge(output=str(tmp_path / "m"), pretrained=str(folder / "start"), vectors=vectors)
+    configs = tmp_path / "m/configs"
+    files = ["--config_file", configs / "inference.json", "--meta_file", configs / "metadata.json"]
+    run("monai.bundle", "verify_net_in_out", "network_def", "--n", 2, *files, cwd=tmp_path / "m", PYTHONPATH="")
+    weights = ["--ckpt_file", tmp_path / "m/models/model.pt", "--filepath", tmp_path / "m.ts"]
+    run("monai.bundle", "ckpt_export", "network_def", *weights, *files, cwd=tmp_path / "m", PYTHONPATH="")
+    image = torch.rand(1, 1, 16, 16, 16)
+    torch.testing.assert_close([torch.jit.load(tmp_path / "m.ts")(image)], outputs_of(tmp_path / "m", image))

@@ -21,7 +21,7 @@ def merged(chain, output, tasks=("liver", "spleen"), **options):
 
 def logits(bundle, image, **knobs):
     with bundle.code(), torch.inference_mode():
-        parser = bundle.parser(precision="float32", **knobs)
+        parser = bundle.parser(**{"precision": "float32", "inferer_output": "logits", **knobs})
         network = parser.get_parsed_content("network_def")
         network.load_state_dict(bundle.state())
         before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
@@ -85,6 +85,14 @@ def test_the_switch_gives_the_shared_network_and_the_file_is_small(chain, tmp_pa
     size = (tmp_path / "m/models/modulators.pt").stat().st_size
     models = size / (4 * sum(int(np.prod(t.shape)) for t in TaskVector(chain.vectors["liver"]).tensors.values()))
     assert models < 1 + 2 / 32 + 0.05  # and what 100 small records weigh
+
+
+@pytest.mark.parametrize("modulated", [True, False])
+def test_labels_are_the_argmax_over_all_tasks(chain, tmp_path, image, modulated):
+    bundle = merged(chain, tmp_path / "m", method="emr")
+    labels = logits(bundle, image, modulated=modulated, inferer_output="labels")
+    assert torch.equal(labels.long(), logits(bundle, image, modulated=modulated).argmax(1, keepdim=True))
+    assert set(labels.unique().tolist()) > {0}
 
 
 def test_a_modulated_bundle_runs_alone(chain, tmp_path):

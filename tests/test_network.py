@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tools.errors import UserError
-from tools.network import Structure, describe
+from tools.network import Structure, build, describe, group_of, matches
 
 COMMON = {"spatial_dims": 3, "in_channels": 1, "out_channels": 4}
 UNET = {"_target_": "UNet", **COMMON, "channels": [4, 8, 16], "strides": [2, 2]}
@@ -38,9 +38,70 @@ def test_networks_without_a_findable_head_are_refused():
     with pytest.raises(UserError, match="cannot be built"):
         describe({"_target_": "BasicUNet", "spatial_dims": 7, "out_channels": 2})
     with pytest.raises(UserError, match="does not simply count output channels"):
-        describe({**UNET, "num_res_units": 2})
-    with pytest.raises(UserError, match="belongs to no convolution: the head is more than one linear layer"):
-        describe({"_target_": "HighResNet", **COMMON})
+        describe({"_target_": "tests.test_network.Pairs", "out_channels": 2})
+
+
+def test_the_last_of_several_layers_is_found():
+    torch.manual_seed(5)
+    unet = describe({**UNET, "num_res_units": 2, "norm": "batch"})
+    drawn = torch.rand(3)
+    assert torch.equal(drawn, torch.rand(3, generator=torch.manual_seed(5)))  # describing leaves the user's seed alone
+    assert unet.head["model.2.0.conv.weight"] == 1 and "model.2.0.adn.N.running_var" in unet.head
+    assert "model.2.0.adn.A.weight" not in unet.head  # one slope for all channels is the backbone's
+    last = "model.2.1.conv.unit0.conv"
+    assert unet.last_layer == [f"{last}.weight", f"{last}.bias"] and unet.skips == [f"{last}.weight"]
+    assert unet.inner == {f"{last}.weight": 1}
+
+
+class Pairs(torch.nn.Module):
+    """A head with an output for each pair of classes."""
+
+    def __init__(self, out_channels):
+        super().__init__()
+        self.head = torch.nn.Conv3d(1, out_channels**2, 1)
+
+
+class Small(torch.nn.Module):
+    """A head of two layers, with something between them and something behind them."""
+
+    def __init__(self, out_channels, between="Identity", behind="Identity", size=16):
+        super().__init__()
+        self.size = size
+        self.backbone = torch.nn.Conv3d(1, 4, 3, padding=1)
+        self.hidden = torch.nn.Conv3d(4, out_channels, 1)
+        self.between = torch.nn.GroupNorm(1, out_channels) if between == "GroupNorm" else getattr(torch.nn, between)()
+        self.head = torch.nn.Conv3d(out_channels, out_channels, 1)
+        self.behind = getattr(torch.nn, behind)()
+
+    def forward(self, x):
+        if x.shape[2] != self.size:
+            raise ValueError(f"images of {self.size} only")
+        return self.behind(self.head(self.between(self.hidden(self.backbone(x)))))
+
+
+class DepthwiseHead(torch.nn.Sequential):
+    """The last layer sees each class alone."""
+
+    def __init__(self, out_channels):
+        classes = torch.nn.Conv3d(1, out_channels, 1)
+        super().__init__(classes, torch.nn.Conv3d(out_channels, out_channels, 3, padding=1, groups=out_channels))
+
+
+SMALL = {"_target_": "tests.test_network.Small", "out_channels": 2}
+
+
+def test_heads_of_several_layers_that_cannot_be_stacked_are_refused():
+    assert describe({**SMALL, "between": "Tanh", "size": 32}).last_layer == ["head.weight", "head.bias"]
+    for definition, reason in (
+        ({**SMALL, "between": "GroupNorm"}, "do not give the logits of each .does a normalisation mix the classes"),
+        ({**SMALL, "behind": "ReLU"}, "none is last and linear .is there a normalisation or an activation behind it"),
+        ({**SMALL, "behind": "Softmax"}, "cannot be stacked"),
+        ({**SMALL, "size": 7}, "cannot be run to prove it .ValueError: images of 7 only"),
+        ({"_target_": "tests.test_network.DepthwiseHead", "out_channels": 2}, "none is last and linear"),
+        ({"_target_": "HighResNet", **COMMON}, "none is last and linear"),
+    ):
+        with pytest.raises(UserError, match=f"the head is more than one linear layer, .*{reason}"):
+            describe(definition)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -71,3 +132,33 @@ def test_tensors_that_are_no_matrices_are_one_row():
         tensor = np.arange(np.prod(shape, dtype=int), dtype=float).reshape(shape)
         assert structure.as_matrices(name, tensor).shape == (1, 1, tensor.size)
         assert np.array_equal(structure.from_matrices(name, structure.as_matrices(name, tensor), shape), tensor)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["AttentionUnet", "BasicUNet", "DynUNet", "FlexibleUNet", "SegResNet", "SegResNetDS", "SwinUNETR", "UNet", "UNETR"],
+)
+def test_the_decoder_is_what_comes_after_the_bottleneck(kind):
+    """Every network has both; what meets the image is the encoder's, what meets the head the decoder's."""
+    from tests.test_merge_networks import network_def
+
+    structure = describe(network_def(kind, 2))
+    tensors = build(network_def(kind, 2), 2).state_dict()
+    names = [name for name in tensors if name not in structure.head and name not in structure.aliases]
+    groups = {name: group_of(name) for name in names}
+    kernels = [name for name in names if tensors[name].dim() == 5]
+    assert groups[next(name for name in kernels if tensors[name].shape[1] == 1)] == "encoder"
+    assert "decoder" in groups.values()
+    upwards = [name for name in structure.transposed if "init" not in name and "encoder" not in name]
+    assert all(groups[name] == "decoder" for name in upwards)
+    order = [groups[name] for name in kernels]
+    if kind != "AttentionUnet":  # there the levels are nested in another order
+        assert order == sorted(order, key=["encoder", "decoder"].index)
+
+
+def test_patterns_name_groups_and_tensors():
+    assert matches("encoders.0.conv.weight", "encoder") and not matches("encoders.0.conv.weight", "decoder")
+    assert matches("model.1.submodule.2.0.conv.weight", "decoder") and matches(
+        "model.1.submodule.0.conv.weight", "encoder"
+    )
+    assert matches("decoders.0.x", "decoders.*") and not matches("decoders.0.x", "decoders.1.*")

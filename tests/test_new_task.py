@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.conftest import ROOT, run
+from tests.conftest import ROOT, here, run
 from tests.test_merge import refused
 from tools.bundle import Bundle
 from tools.labels import parse_channels, parse_sources
@@ -64,13 +64,13 @@ def test_mistakes_are_named(chain, tmp_path):
         "--output",
         tmp_path / "x",
     ]
-    refused(run(*words, "--task", "brain", check=False), "'brain'", "which has right lung=1")
-    refused(run(*words, check=False), "--task", "is missing")
-    refused(run(*words, "--preset", "btcv_brain", check=False), "no preset 'btcv_brain'", "btcv_liver")
+    refused(here(*words, "--task", "brain"), "'brain'", "which has right lung=1")
+    refused(here(*words), "--task", "is missing")
+    refused(here(*words, "--preset", "btcv_brain"), "no preset 'btcv_brain'", "btcv_liver")
     words[3] = ROOT / "bundles" / "pretrain_amos"
-    refused(run(*words, "--task", "liver", check=False), "model.pt not found: train the bundle first")
+    refused(here(*words, "--task", "liver"), "model.pt not found: train the bundle first")
     words[3] = tmp_path / "nowhere"
-    refused(run(*words, "--task", "liver", check=False), "is not a bundle folder")
+    refused(here(*words, "--task", "liver"), "is not a bundle folder")
     assert not (tmp_path / "x").exists()
 
 
@@ -79,7 +79,7 @@ def test_a_dataset_with_other_channels_is_refused(chain, tmp_path):
     data.mkdir()
     (data / "dataset.json").write_text(json.dumps({"channel_names": {"0": "T1", "1": "T2"}, "labels": {"liver": 1}}))
     words = ["--pretrained", chain.pretrain, "--dataset_dir", data, "--task", "liver", "--output", tmp_path / "x"]
-    refused(run("tools", "new_task", *words, check=False), "have 2 channel(s)", "takes 1")
+    refused(here("tools", "new_task", *words), "have 2 channel(s)", "takes 1")
 
 
 @pytest.mark.parametrize("labels", ["all", "{liver: liver, kidneys: [8, 9]}"])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.errors import UserError
-from tools.network import Structure, describe
+from tools.network import Structure, describe, inner_network, spare_channels
 from tools.weights_file import WeightsFile
 
 
@@ -120,8 +120,15 @@ class Bundle:
         with self.code():
             return _plain(parser, key, parser[key])
 
+    def plain(self, key: str) -> Any:
+        """The same without evaluating anything that the bundle says: None where that would be needed, or nothing is there."""
+        with suppress(_NeedsMonai):
+            return _looked_up(self.inference.get(key), self.inference)
+        return None
+
     def network_def(self) -> dict[str, Any]:
-        return self.resolved("network_def")
+        """The network, which in a merged bundle has the spare channels of a stacked head too; see ``tools.heads``."""
+        return dict(inner_network(self.resolved("network_def")))
 
     def structure(self) -> Structure:
         """What the network's tensors are: as recorded when the bundle was made, or else found by building the network.
@@ -144,9 +151,9 @@ class Bundle:
         if not self.model_file.is_file():
             return True
         entries = self.weights().entries
+        channels = 1 + len(self.labels) + spare_channels(self.resolved("network_def"))
         return {*structure.head, *structure.transposed, *structure.statistics} <= set(entries) and all(
-            axis < len(entries[name].shape) and entries[name].shape[axis] == 1 + len(self.labels)
-            for name, axis in structure.head.items()
+            structure.counts(name, entries[name].shape, channels) for name in structure.head
         )
 
 
@@ -197,6 +204,8 @@ def _plain(parser: Any, key: str, value: Any) -> Any:
         try:
             return json.loads(json.dumps(content))
         except TypeError:
+            if isinstance(content, type):  # "$torch.nn.Conv3d", an argument of many a network
+                return {"_target_": f"{content.__module__}.{content.__qualname__}", "_mode_": "callable"}
             raise UserError(
                 f"{key.replace('::', '#')} of inference.json is {value!r}, which is not a plain value"
             ) from None

@@ -17,6 +17,7 @@ from tools.lineage import file_sha256
 from tools.merge import merge_recipe, split_paths
 from tools.merge_methods import METHODS
 from tools.recipe import Recipe
+from tools.task_statistics import TaskStatistics, statistics_file
 from tools.task_vector import TaskVector
 
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5)
@@ -60,7 +61,7 @@ def compare(
         dataset_dir: nnU-Net raw dataset.
         split_file: JSON file with the split; its parts "val" and "test" are used.
         output: folder for results.md, results.json and the recipes.
-        methods: merge methods, separated by commas; default: all.
+        methods: merge methods, separated by commas; default: all for which there is what they need.
         scales: values of λ to choose from, for the methods that have one.
         others: more bundles to score, for example one that was trained on all tasks together.
     """
@@ -71,6 +72,10 @@ def compare(
     files = split_paths(vectors)
     if len(files) > 2:
         chosen = [name for name in chosen if name not in PAIRS_ONLY]
+    for name in [name for name in chosen if METHODS[name].needs_statistics]:
+        if not all(statistics_file(path, name).is_file() for path in files):
+            print(f"{name} is left out: not every task vector has its statistics (python -m tools statistics)")
+            chosen.remove(name)
     values = [float(value) for value in (scales if isinstance(scales, tuple | list) else [scales])]
     scorer = _Scorer(Path(output), dataset_dir, split_file)
     own: dict[str, float] = {}
@@ -132,10 +137,12 @@ class _Scorer:
         self.known: dict[str, dict[str, float]] = read_json(self.path) if self.path.is_file() else {}
 
     def recipe(self, recipe: Recipe, part: str) -> dict[str, float]:
-        key = json.dumps(
-            [recipe.as_dict(), [TaskVector(path).sha256 for path in recipe.vectors], self._cases_key(part)],
-            sort_keys=True,
-        )
+        vectors = [TaskVector(path) for path in recipe.vectors]
+        inputs = [vector.sha256 for vector in vectors]
+        if METHODS[recipe.method].needs_statistics:
+            inputs += [TaskStatistics(vector, recipe.method).sha256 for vector in vectors]
+        how = {name: value for name, value in recipe.as_dict().items() if name not in ("pretrained", "vectors")}
+        key = json.dumps([how, inputs, self._cases_key(part)], sort_keys=True)
         if key not in self.known:
             with tempfile.TemporaryDirectory(dir=self.output) as folder:
                 merged = Path(folder) / "merged"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from tools import __version__
 from tools.bundle import Bundle
 from tools.errors import UserError
+from tools.heads import canonical_head
 from tools.lineage import backbone_sha256
 from tools.network import Structure
 from tools.output import complete_output
@@ -28,7 +30,7 @@ def diff(pretrained: str, finetuned: str, output: str, task: str = "", overwrite
 
     Raises:
         UserError: the backbones differ in a tensor's name or shape, the specialist says that it started elsewhere, or
-            the head is not one linear layer per output.
+            the head cannot be stacked.
     """
     start, specialist = Bundle(pretrained), Bundle(finetuned)
     structure = specialist.structure()
@@ -57,24 +59,32 @@ def diff(pretrained: str, finetuned: str, output: str, task: str = "", overwrite
     backbone = {n: e for n, e in before.entries.items() if n not in structure.head and n not in structure.aliases}
     floating = [name for name, entry in backbone.items() if entry.is_floating]
 
-    def pairs() -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        for name in floating:
-            yield name, before.array(name).astype(np.float32), after.array(name).astype(np.float32)
-
-    head = {name: canonical_head(after.array(name).astype(np.float32), axis) for name, axis in structure.head.items()}
+    head = {name: canonical_head(structure, name, after.array(name).astype(np.float32)) for name in structure.head}
     buffers = {name: after.array(name) for name in backbone if name not in floating}
     with complete_output(output, overwrite) as path:
-        save_task_vector(path, facts, pairs(), head, buffers)
+        save_task_vector(path, facts, Pairs(before, after, floating), head, buffers)
     size = 4 * sum(backbone[name].size for name in floating) / 2**20
     print(f"{output}: task {facts.task}, {len(floating)} tensors, {size:.1f} MiB, channels {', '.join(facts.labels)}")
 
 
-def canonical_head(tensor: np.ndarray, axis: int) -> np.ndarray:
-    """Subtract the background row from every row: organ channels become margins over background, whose logit is 0.
+@dataclass(frozen=True)
+class Pairs:
+    """Tensors of two files side by side in float32, read whenever they are gone through.
 
-    A softmax head decides as before; a sigmoid head with a zero background row is unchanged.
+    Attributes:
+        pretrained: the one file.
+        finetuned: the other.
+        names: of the tensors.
     """
-    return np.ascontiguousarray(tensor - np.take(tensor, [0], axis=axis))
+
+    pretrained: WeightsFile
+    finetuned: WeightsFile
+    names: Sequence[str]
+
+    def __iter__(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        for name in self.names:
+            before, after = (weights.array(name) for weights in (self.pretrained, self.finetuned))
+            yield name, before.astype(np.float32, copy=False), after.astype(np.float32, copy=False)
 
 
 def _check_backbones(
@@ -88,9 +98,9 @@ def _check_backbones(
             f"{pretrained.path} and {finetuned.path} are not the same network: tensor {name} is "
             f"{shapes[0].get(name, 'missing')} in the first and {shapes[1].get(name, 'missing')} in the second"
         )
-    for name, axis in structure.head.items():
+    for name in structure.head:
         shape = after.entries[name].shape if name in after.entries else ()
-        if len(shape) <= axis or shape[axis] != 1 + len(finetuned.labels):
+        if not structure.counts(name, shape, 1 + len(finetuned.labels)):
             raise UserError(
                 f"{finetuned.model_file}: head tensor {name} does not have 1 + {len(finetuned.labels)} output channels, "
                 "one for each label in metadata.json and one for the background"

@@ -2,26 +2,30 @@
 
 One coefficient for each tensor and task, as in AdaMerging (Yang et al., ICLR 2024); not by entropy, which empty masks minimise,
 but by reproducing the soft masks of each specialist (the family of ProDistill, ICML 2025, and SyMerge), on patches around what
-the specialists see, with a loss on organs rather than on background. The result is an ordinary recipe.
+the specialists see, with a loss on organs rather than on background. The result is an ordinary recipe, with a file of heads if
+those are learned too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from tools.bundle import Bundle
 from tools.errors import UserError
+from tools.heads import free_entries, stacked_heads, unstacked_heads
 from tools.lineage import backbone_sha256
-from tools.merge import check_vectors, merge_recipe, split_paths, stacked_head
+from tools.merge import HEADS_FILE, check_vectors, head_key, merge_recipe, split_paths
 from tools.network import output_argument
 from tools.recipe import Recipe
-from tools.scans import choose_scans
+from tools.scans import choose_scans, patches_on_organs
 from tools.task_vector import TaskVector
 from tools.weights_file import WeightsFile
 
@@ -44,6 +48,8 @@ def distil(
     steps: int = 200,
     batch_size: int = 2,
     learning_rate: float = 0.02,
+    heads: bool = False,
+    head_learning_rate: float = 0.001,
     seed: int = 0,
     overwrite: bool = False,
 ) -> None:
@@ -62,6 +68,8 @@ def distil(
         steps: of Adam.
         batch_size: patches in a step.
         learning_rate: of the coefficients.
+        heads: learn the tasks' heads too; they are then beside the recipe, in docs/heads.safetensors.
+        head_learning_rate: of the heads.
         seed: of the scans, the patches and their order.
         overwrite: replace the output if it exists.
     """
@@ -82,14 +90,18 @@ def distil(
     cases = choose_scans(images, start, part, split_file, scans, seed)
     size = [patch_size] * 3 if patch_size else start.resolved("patch_size")
     pool = Pool.of_teachers(student, cases, size, patches, seed)
-    before, after = learn(student, pool, steps, batch_size, learning_rate)
+    before, after = learn(student, pool, steps, batch_size, learning_rate, head_learning_rate if heads else 0.0)
     print(f"loss on held-out patches: {before:.4f} as the average, {after:.4f} as learned")
     overrides = [
         {"tensors": name, "parameters": {"scale": [round(float(c), 6) for c in row]}}
         for name, row in zip(student.names, student.coefficients.tolist(), strict=True)
     ]
     recipe = Recipe(pretrained, files, "task_arithmetic", {"scale": round(1 / len(tasks), 6)}, overrides)
-    merge_recipe(recipe, output, overwrite=overwrite)
+    with tempfile.TemporaryDirectory() as folder:
+        if heads:
+            recipe.heads = str(Path(folder) / HEADS_FILE)
+            save_file(student.learned_heads(), recipe.heads)
+        merge_recipe(recipe, output, overwrite=overwrite)
 
 
 class Student:
@@ -103,10 +115,13 @@ class Student:
     Attributes:
         names: of the backbone's tensors.
         coefficients: tensors × tasks, 1/T at first.
+        head: the stacked head's tensors by name, at first the tasks' own.
     """
 
     def __init__(self, start: Bundle, weights: WeightsFile, tasks: Sequence[TaskVector]) -> None:
         import torch
+
+        from tools.bundle_code.stacked_head import without_spare_channels
 
         self.bundle = start
         self.tasks = tasks
@@ -116,34 +131,47 @@ class Student:
             self.device = start.parser().get_parsed_content("device")
         self.base = {n: self._on_device(weights.array(n)) for n in weights.entries if n not in structure.head}
         self.deltas = [{n: self._on_device(task.delta(n).astype(np.float32)) for n in task.tensors} for task in tasks]
-        for name in structure.statistics:
-            self.base[name] = self.base[name] + sum(delta[name] for delta in self.deltas) / len(tasks)
-        heads = {n: [task.head[n] for task in tasks] for n in structure.head}
-        self.head = {n: self._on_device(stacked_head(heads[n], axis)) for n, axis in structure.head.items()}
-        self.network = self._network(1 + sum(len(task.facts.labels) for task in tasks), self.base | self.head)
+        means = {n: self.base[n] + sum(delta[n] for delta in self.deltas) / len(tasks) for n in structure.statistics}
+        self.shared = self.base | means
+        stacked = stacked_heads(structure, [task.head for task in tasks])
+        self.head = {name: self._on_device(tensor) for name, tensor in stacked.items()}
+        shown, spare = 1 + sum(len(task.facts.labels) for task in tasks), structure.spare_channels(len(tasks))
+        self.network = without_spare_channels(self._network(shown + spare, self.shared | self.head), shown)
         self.coefficients = torch.full((len(self.names), len(tasks)), 1 / len(tasks), device=self.device)
 
-    def __call__(self, image: Tensor, coefficients: Tensor) -> Tensor:
-        """Logits (N, 1 + ΣC, …) of the network merged with these coefficients."""
+    def __call__(self, image: Tensor, coefficients: Tensor, head: Mapping[str, Tensor]) -> Tensor:
+        """Logits (N, 1 + ΣC, …) of the network merged with these coefficients and this head.
+
+        In float32: bfloat16 rounds away much of what a small step of a coefficient changes.
+        """
         import torch
 
         merged = {
             name: self.base[name] + sum(c * delta[name] for c, delta in zip(row, self.deltas, strict=True))
             for name, row in zip(self.names, coefficients, strict=True)
         }
-        with torch.autocast(self.device.type, torch.bfloat16):
-            return torch.func.functional_call(
-                self.network, self.base | merged | self.head, (image,), tie_weights=True
-            ).float()
+        state = self.shared | merged | self.head | head
+        return torch.func.functional_call(self.network, state, (image,), tie_weights=True)
 
     def teacher(self, number: int) -> nn.Module:
         """A specialist with its own head in canonical form: logits (N, 1 + C, …)."""
         task = self.tasks[number]
         state = {name: tensor + self.deltas[number].get(name, 0) for name, tensor in self.base.items()}
-        for name in task.facts.structure.statistics:  # the base has the mean of all tasks' there
-            state[name] = self.base[name]
         head = {name: self._on_device(tensor) for name, tensor in task.head.items()}
         return self._network(1 + len(task.facts.labels), state | head)
+
+    def free_head(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The parameters of the head, to be learned, and which of their entries may change."""
+        free = free_entries(self.tasks[0].facts.structure, [task.head for task in self.tasks])
+        names = [name for name, _ in self.network.named_parameters() if name in self.head]
+        return {name: (self.head[name].clone(), self._on_device(free[name])) for name in names}
+
+    def learned_heads(self) -> dict[str, np.ndarray]:
+        """The heads of all tasks, as a recipe's file has them."""
+        stacked = {name: tensor.cpu().numpy() for name, tensor in self.head.items()}
+        organs = [len(task.facts.labels) for task in self.tasks]
+        heads = unstacked_heads(self.tasks[0].facts.structure, stacked, organs)
+        return {head_key(task, name): t for task, head in zip(self.tasks, heads) for name, t in head.items()}
 
     def _network(self, out_channels: int, state: dict[str, Tensor]) -> nn.Module:
         from monai.bundle import ConfigParser
@@ -179,31 +207,10 @@ class Pool:
     ) -> Pool:
         """Segment scans with every specialist and crop patches around what they see, as often as there are organs."""
         import torch
-        from monai.transforms import Compose, RandCropByLabelClassesd, SpatialPadd
 
-        bundle = student.bundle
-        with bundle.code():
-            parser = bundle.parser()
-            preprocessing, inferer = (parser.get_parsed_content(key) for key in ("preprocessing", "inferer"))
         teachers = [student.teacher(number) for number in range(len(student.tasks))]
-        classes = 1 + sum(len(task.facts.labels) for task in student.tasks)
-        crop = Compose(
-            [
-                SpatialPadd(("image", "mask", "organ"), size),
-                RandCropByLabelClassesd(
-                    ("image", "mask"), "organ", size, num_classes=classes, num_samples=patches, warn=False
-                ),
-            ]
-        ).set_random_state(seed)
-        images, masks = [], []
-        for case in tqdm(cases, desc="specialists' masks", disable=None, leave=False):
-            image = preprocessing({"image": case["image"]})["image"].as_tensor()
-            with torch.inference_mode():
-                logits = torch.cat([inferer(image[None].to(student.device), t)[0, 1:].float() for t in teachers]).cpu()
-            organ = torch.where(logits.amax(0) > 0, logits.argmax(0) + 1, 0)[None]
-            for piece in crop({"image": image, "mask": logits.sigmoid(), "organ": organ}):
-                images.append(piece["image"].as_tensor())
-                masks.append(piece["mask"].as_tensor().half())
+        pairs = patches_on_organs(student.bundle, teachers, student.device, cases, size, patches, seed)
+        images, masks = zip(*((image, mask.half()) for image, mask in pairs), strict=True)
         return cls(torch.stack(images), torch.stack(masks))
 
     def split(self) -> tuple[Pool, Pool]:
@@ -214,8 +221,18 @@ class Pool:
         return Pool(self.images[~held], self.masks[~held]), Pool(self.images[held], self.masks[held])
 
 
-def learn(student: Student, pool: Pool, steps: int, batch_size: int, learning_rate: float) -> tuple[float, float]:
-    """Set the student's coefficients to the best of some steps of Adam; those it has, when none is better.
+def learn(
+    student: Student, pool: Pool, steps: int, batch_size: int, learning_rate: float, head_learning_rate: float = 0.0
+) -> tuple[float, float]:
+    """Set the student's coefficients, and its head, to the best of some steps of Adam; those it has, when none is better.
+
+    Args:
+        student: is changed.
+        pool: patches with masks.
+        steps: of Adam.
+        batch_size: patches in a step.
+        learning_rate: of the coefficients.
+        head_learning_rate: of the head; at zero it stays as it is.
 
     Returns:
         The loss on the held-out patches before and after.
@@ -226,8 +243,11 @@ def learn(student: Student, pool: Pool, steps: int, batch_size: int, learning_ra
     if not len(training.images) or not len(held_out.images):
         raise UserError(f"{len(pool.images)} patches are too few to learn from: raise --patches or --scans")
     coefficients = student.coefficients.clone().requires_grad_()
-    optimizer = torch.optim.Adam([coefficients], learning_rate)
-    before = best = validate(student, held_out, coefficients, batch_size)
+    free = student.free_head() if head_learning_rate else {}
+    head = {name: tensor.requires_grad_() for name, (tensor, _) in free.items()}
+    rates = [{"params": [coefficients], "lr": learning_rate}, {"params": [*head.values()], "lr": head_learning_rate}]
+    optimizer = torch.optim.Adam(rates)
+    before = best = validate(student, held_out, coefficients, head, batch_size)
     order: list[int] = []
     with tqdm(total=steps, desc="coefficients", disable=None, leave=False) as bar:
         for step in range(1, steps + 1):
@@ -235,22 +255,25 @@ def learn(student: Student, pool: Pool, steps: int, batch_size: int, learning_ra
                 order += torch.randperm(len(training.images)).tolist()
             chosen, order = order[:batch_size], order[batch_size:]
             loss = masks_loss(
-                student(training.images[chosen].to(student.device), coefficients),
+                student(training.images[chosen].to(student.device), coefficients, head),
                 training.masks[chosen].to(student.device),
             )
             optimizer.zero_grad()
             loss.backward()
+            for name, (_, entries) in free.items():
+                head[name].grad *= entries
             optimizer.step()
             bar.update()
             if step % max(1, steps // 10) == 0:
-                score = validate(student, held_out, coefficients, batch_size)
+                score = validate(student, held_out, coefficients, head, batch_size)
                 bar.set_postfix(loss=f"{score:.4f}")
                 if score < best:
                     best, student.coefficients = score, coefficients.detach().clone()
+                    student.head |= {name: tensor.detach().clone() for name, tensor in head.items()}
     return before, best
 
 
-def validate(student: Student, pool: Pool, coefficients: Tensor, batch_size: int) -> float:
+def validate(student: Student, pool: Pool, coefficients: Tensor, head: Mapping[str, Tensor], batch_size: int) -> float:
     """Mean loss over a pool."""
     import torch
 
@@ -258,7 +281,7 @@ def validate(student: Student, pool: Pool, coefficients: Tensor, batch_size: int
     with torch.inference_mode():
         for start in range(0, len(pool.images), batch_size):
             part = slice(start, start + batch_size)
-            logits = student(pool.images[part].to(student.device), coefficients)
+            logits = student(pool.images[part].to(student.device), coefficients, head)
             losses.append(masks_loss(logits, pool.masks[part].to(student.device)).item())
     return float(np.mean(losses))
 

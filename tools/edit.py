@@ -57,7 +57,12 @@ def edit(
         value = yaml.safe_load(value) if isinstance(value, str) else value
         values[name] = _reweighted(name, value, values.get(name), recipe.method, everything)
     new = {name: _as_parameter(name, value, everything, recipe.method) for name, value in values.items()}
-    merge_recipe(replace(recipe, vectors=list(everything.values()), parameters=new), output, overwrite=overwrite)
+    overrides = [
+        {**override, "parameters": _carried_over(override["parameters"], list(tasks), everything, recipe.parameters)}
+        for override in recipe.overrides
+    ]
+    changes = {"vectors": list(everything.values()), "parameters": new, "overrides": overrides}
+    merge_recipe(replace(recipe, **changes), output, overwrite=overwrite)
 
 
 def _recorded_tasks(merged: Bundle, recipe: Recipe) -> dict[str, str]:
@@ -73,6 +78,27 @@ def _recorded_tasks(merged: Bundle, recipe: Recipe) -> dict[str, str]:
         if TaskVector(path).sha256 != facts["sha256"]:
             raise UserError(f"{path} is not the task vector that was merged into {merged.path} as {facts['task']}")
     return {facts["task"]: path for path, facts in zip(recipe.vectors, recorded, strict=True)}
+
+
+def _carried_over(
+    parameters: Mapping[str, Any], before: Sequence[str], after: Mapping[str, str], general: Mapping[str, Any]
+) -> dict[str, Any]:
+    """An override's parameters for other tasks: a task keeps its values, and a new one gets the recipe's own where that has one.
+
+    Raises:
+        UserError: the override has a value for each task, and the recipe none for all.
+    """
+    carried = dict(parameters)
+    for name, value in parameters.items():
+        if isinstance(value, list):
+            old, new = dict(zip(before, value, strict=True)), general.get(name)
+            missing = [task for task in after if task not in old]
+            if missing and not isinstance(new, int | float):
+                raise UserError(
+                    f"the recipe's overrides have a {name} for each task, but none for {', '.join(missing)}"
+                )
+            carried[name] = [old.get(task, new) for task in after]
+    return carried
 
 
 def _by_task(value: Any, tasks: Sequence[str]) -> Any:

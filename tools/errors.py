@@ -10,6 +10,10 @@ class UserError(Exception):
     """Says what is wrong, where, and what to do about it."""
 
 
+class NotDone(Exception):
+    """Something was not checked, because it is not there or there is no way to; says why, and what to do."""
+
+
 def nearest(word: str, words: Iterable[str]) -> str:
     """``, did you mean 'merge'?`` for the most similar of some words, or nothing."""
     found = difflib.get_close_matches(word, list(words), n=1)

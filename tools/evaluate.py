@@ -176,8 +176,8 @@ def segment(
         load_label = Compose([LoadImage(), EnsureChannelFirst()])
         for name, case in tqdm(cases.items(), desc=bundle.name, disable=None, leave=False):
             data = preprocessing({"image": case["image"]})
-            logits = inferer(data["image"][None].to(device), network)[0]
-            data["pred"] = MetaTensor(logits.cpu(), meta=data["image"].meta)
+            output = inferer(data["image"][None].to(device), network)[0]
+            data["pred"] = MetaTensor(output.cpu(), meta=getattr(output, "meta", data["image"].meta))
             prediction = postprocessing(data)["pred"]
             reference = load_label(case["label"])
             same_grid = prediction.shape == reference.shape and np.allclose(

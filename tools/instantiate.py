@@ -10,7 +10,7 @@ from typing import Any
 
 from tools.bundle import Bundle, read_json, write_json
 from tools.errors import UserError
-from tools.network import Structure, output_argument
+from tools.network import WITHOUT_SPARE_CHANNELS, Structure, output_argument
 from tools.vendor import SOURCE, named_modules, with_imports
 
 LEFT_OUT = ("models", "checkpoints", "eval", "__pycache__", "splits_final.json")
@@ -93,6 +93,8 @@ def set_starting_point(output: Path, pretrained: Bundle, structure: Structure, o
         config["patch_size"] = _patch_size(pretrained)
         if "head" in config:
             config["head"] = list(structure.head)
+        if "pretrained" in config and structure.last_layer:
+            config["pretrained"] |= {"last_layer": structure.last_layer, "skips": structure.skips}
         if "dataset" in config:
             config["dataset"]["data"]["channels"] = pretrained.in_channels
         write_json(path, config)
@@ -108,13 +110,30 @@ def set_starting_point(output: Path, pretrained: Bundle, structure: Structure, o
     _assemble_scripts(output, pretrained, json.dumps([network_def, preprocessing]))
 
 
+def set_spare_channels(output: Path, spare: int) -> None:
+    """Give a merged bundle's network the spare channels of a stacked head, and hide them; see ``tools.heads``."""
+    if not spare:
+        return
+    path = output / "configs" / "inference.json"
+    config = read_json(path)
+    network = config["network_def"]
+    shown = network[output_argument(network)]
+    config["network_def"] = {
+        "_target_": WITHOUT_SPARE_CHANNELS,
+        "network": {**network, output_argument(network): shown + spare},
+        "out_channels": shown,
+    }
+    write_json(path, config)
+    _add_scripts(output, "stacked_head")
+
+
 def set_modulated(output: Path) -> None:
     """Let a merged bundle run one pass for each task, with its mask; ``modulated`` in inference.json is the switch."""
     path = output / "configs" / "inference.json"
     config = read_json(path)
     inferer = {
-        **config["inferer"],
         "_target_": "scripts.modulation.ModulatedInferer",
+        "inferer": config["inferer"],
         "modulators": "$@bundle_root + '/models/modulators.pt'",
         "enabled": "@modulated",
     }
@@ -122,7 +141,11 @@ def set_modulated(output: Path) -> None:
     write_json(
         path, {"imports": config.pop("imports"), "bundle_root": root, "modulated": True, **config, "inferer": inferer}
     )
-    for name, text in with_imports({"modulation"}, SOURCE).items():
+    _add_scripts(output, "modulation")
+
+
+def _add_scripts(output: Path, module: str) -> None:
+    for name, text in with_imports({module}, SOURCE).items():
         (output / "scripts" / name).write_text(text)
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
+from tools.archive import pieces, progress
 from tools.network import Structure
 from tools.weights_file import BLOCK, WeightsFile
+
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def backbone_sha256(weights: WeightsFile, structure: Structure) -> str:
@@ -25,5 +29,9 @@ def backbone_sha256(weights: WeightsFile, structure: Structure) -> str:
 
 def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with open(path, "rb") as file, progress(Path(path).stat().st_size, "SHA-256") as bar:
+        for piece in pieces(file):
+            digest.update(piece)
+            bar.update(len(piece))
+    return digest.hexdigest()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,16 @@ import yaml
 from tools import __version__
 from tools.bundle import Bundle
 from tools.errors import UserError, nearest
-from tools.instantiate import copy_template, set_labels, set_modulated, set_starting_point, update_metadata
-from tools.lineage import backbone_sha256
+from tools.heads import stacked_heads
+from tools.instantiate import (
+    copy_template,
+    set_labels,
+    set_modulated,
+    set_spare_channels,
+    set_starting_point,
+    update_metadata,
+)
+from tools.lineage import backbone_sha256, file_sha256
 from tools.merge_engine import MergeEngine, merged_buffers
 from tools.merge_methods import METHODS
 from tools.merge_plan import describe_methods, plan_table
@@ -26,6 +36,7 @@ from tools.recipe import Recipe
 from tools.task_vector import TaskVector
 from tools.weights_file import DTYPES, WeightsFile, to_bytes, write_torch
 
+HEADS_FILE = "heads.safetensors"  # in docs/ of a merged bundle, beside its recipe
 TEMPLATE = Path(__file__).parents[1] / "bundles" / "merged_inference"
 
 
@@ -113,9 +124,7 @@ def merge_recipe(
     check_vectors(recipe.vectors, vectors, start, weights, other_start)
     label_map = _stack_labels(recipe.vectors, vectors)
     engine = MergeEngine(recipe, weights, vectors, other_start)
-    whole = {
-        name: stacked_head([v.head[name] for v in vectors], axis) for name, axis in structure.head.items()
-    } | merged_buffers(recipe.vectors, vectors)
+    whole = stacked_heads(structure, heads_of(recipe, vectors)) | merged_buffers(recipe.vectors, vectors)
     if dry_run:
         print(plan_table(engine, label_map))
         return
@@ -123,6 +132,7 @@ def merge_recipe(
         copy_template(TEMPLATE, folder)
         set_starting_point(folder, start, structure, out_channels=1 + len(label_map))
         set_labels(folder, label_map)
+        set_spare_channels(folder, structure.spare_channels(len(vectors)))
         write_weights(folder / "models" / "model.pt", engine, whole)
         if recipe.modulate:
             write_modulators(folder / "models" / "modulators.pt", engine)
@@ -135,10 +145,11 @@ def merge_recipe(
             "pretrained": start.name,
             "pretrained_sha256": sha256,
             "vectors": [
-                {"task": v.task, "file": Path(p).name, "sha256": v.sha256, "labels": v.facts.labels}
-                for p, v in zip(recipe.vectors, vectors, strict=True)
+                {"task": v.task, "file": Path(p).name, "sha256": v.sha256, "labels": v.facts.labels, **measured}
+                for p, v, measured in zip(recipe.vectors, vectors, engine.measured(), strict=True)
             ],
             "structure": structure.as_dict(),
+            **({"heads_sha256": file_sha256(recipe.heads)} if recipe.heads else {}),
         }
         tasks = ", ".join(vector.task for vector in vectors)
         update_metadata(
@@ -148,11 +159,42 @@ def merge_recipe(
             description=f"Merged from the task vectors {tasks} and their starting point {start.name} by {recipe.method}.",
             lineage=lineage,
         )
+        if recipe.heads:
+            shutil.copyfile(recipe.heads, folder / "docs" / HEADS_FILE)
+            recipe = replace(recipe, heads=str(Path(output) / "docs" / HEADS_FILE))
         portable = recipe.relative_to(Path(output) / "docs")
         (folder / "docs" / "recipe.yaml").write_text(yaml.safe_dump(portable.as_dict(), sort_keys=False))
         _write_card(folder, lineage, label_map)
     if not quiet:
         print(f"{output}: {len(vectors)} task vectors merged by {recipe.method}, labels {', '.join(label_map)}")
+
+
+def heads_of(recipe: Recipe, vectors: Sequence[TaskVector]) -> list[dict[str, np.ndarray]]:
+    """The tasks' heads in canonical form: those that the recipe's file has for a task vector, else the vector's own.
+
+    Raises:
+        UserError: the file is missing or damaged, or a head in it is not finite or has another shape.
+    """
+    if not recipe.heads:
+        return [vector.head for vector in vectors]
+    learned = WeightsFile(recipe.heads)
+    heads = []
+    for vector in vectors:
+        heads.append(dict(vector.head))
+        for name, own in vector.head.items():
+            key = head_key(vector, name)
+            if key in learned.entries:
+                heads[-1][name] = learned.array(key).astype(np.float32)
+                if heads[-1][name].shape != own.shape:
+                    raise UserError(
+                        f"{recipe.heads}: the head of task {vector.task} has another shape than its task vector's"
+                    )
+    return heads
+
+
+def head_key(vector: TaskVector, name: str) -> str:
+    """What a tensor of a learned head is called in the file: it belongs to one task vector and to no other of its name."""
+    return f"{vector.sha256}/{name}"
 
 
 def write_weights(path: Path, engine: MergeEngine, whole: Mapping[str, np.ndarray]) -> None:
@@ -204,18 +246,6 @@ def _with_progress(
 
         for name, pieces in data:
             yield name, counted(name, pieces)
-
-
-def stacked_head(heads: Sequence[np.ndarray], axis: int) -> np.ndarray:
-    """Heads in canonical form, one under another: a background row of zeros, then every task's organ rows.
-
-    Args:
-        heads: the same head tensor of each task, its background row zero.
-        axis: counts output channels.
-    """
-    organs = [np.delete(head, 0, axis=axis) for head in heads]
-    background = np.zeros_like(np.take(heads[0], [0], axis=axis))
-    return np.concatenate([background, *organs], axis=axis)
 
 
 def check_vectors(

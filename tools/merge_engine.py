@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from fnmatch import fnmatchcase
 from itertools import groupby
 from math import prod
 from typing import Any
@@ -18,13 +17,16 @@ import numpy as np
 from tools.errors import UserError
 from tools.merge_methods import METHODS, POSTPROCESSORS, SPARSIFIERS
 from tools.merge_methods.registry import per_task
+from tools.network import matches
 from tools.recipe import Recipe
 from tools.sparsified import SparsifiedVector
+from tools.task_statistics import TaskStatistics
 from tools.task_vector import TaskVector, exact_where_needed
 from tools.weights_file import BLOCK, WeightsFile, is_finite, to_bytes
 
 THREADS = min(4, os.cpu_count() or 1)
 SMALLEST_VARIANCE = 1e-12
+SAMPLED = 2**27  # entries of a task vector from which on its sample is thinned out
 
 
 class MergeEngine:
@@ -57,6 +59,9 @@ class MergeEngine:
             for step in recipe.postprocess
         ]
         self._by_entries = all(m.granularity == "entries" for m in (self.method, *(m for m, _ in self._corrections)))
+        with_statistics = vectors if self.method.needs_statistics else []
+        self._statistics = [TaskStatistics(vector, recipe.method) for vector in with_statistics]
+        self._check_statistics()
         self._prepared: dict[str, dict[str, Any]] = {}
         self._parameters = {name: self.parameters_for(name) for name in self.names}
         self._depth = {name: i / max(1, len(self.names) - 1) for i, name in enumerate(self.names)}
@@ -66,20 +71,26 @@ class MergeEngine:
         return self.recipe.dtype or self.start.entries[name].dtype
 
     def treatment(self, name: str) -> str:
-        """What is done with a tensor: "kept", "mean" (statistics), "scaled mean" (no matrix), or "merged"."""
+        """What is done with a tensor: "kept", "mean" (running statistics), "scaled mean" (no matrix, or nothing was measured of
+        it), or "merged"."""
         recipe = self.recipe
-        if not _matches(name, recipe.include) or _matches(name, recipe.exclude):
+        if not any(matches(name, p) for p in recipe.include) or any(matches(name, p) for p in recipe.exclude):
             return "kept"
         if name in self.structure.statistics:
             return "mean"
         matrix = self.structure.is_matrix(name, self.start.entries[name].shape)
-        return "scaled mean" if self.method.granularity == "matrices" and not matrix else "merged"
+        unmeasured = any(measured.shape(name) is None for measured in self._statistics)
+        return "scaled mean" if unmeasured or (self.method.granularity == "matrices" and not matrix) else "merged"
+
+    def measured(self) -> list[dict[str, str]]:
+        """For each task what identifies the statistics that the merge uses, if it uses any."""
+        return [{"statistics_sha256": s.sha256} for s in self._statistics] or [{}] * len(self.vectors)
 
     def parameters_for(self, name: str) -> dict[str, Any]:
         """The method's parameters for one tensor."""
         values = {**self.method.defaults, **self.recipe.parameters}
         for override in self.recipe.overrides:
-            if fnmatchcase(name, override["tensors"]):
+            if matches(name, override["tensors"]):
                 values |= override["parameters"]
         return values
 
@@ -148,11 +159,12 @@ class MergeEngine:
         """Entries of one tensor: in float32, and once more in float64 where float32 differences are not exact."""
         pretrained = self._pretrained(name, number)
         blocks = [vector.block(name, number) for vector in self.vectors]
-        merged = pretrained + self._apply(name, pretrained, [block.values for block in blocks])
+        measured = [statistics.block(name, number) for statistics in self._statistics]
+        merged = pretrained + self._apply(name, pretrained, [block.values for block in blocks], measured)
         if any(block.positions.size for block in blocks):
             where, exact = exact_where_needed(blocks)
             wide = pretrained[where].astype(np.float64)
-            merged[where] = wide + self._apply(name, wide, exact)
+            merged[where] = wide + self._apply(name, wide, exact, [values[where] for values in measured])
         return merged
 
     def _whole(self, name: str) -> np.ndarray:
@@ -171,14 +183,48 @@ class MergeEngine:
             return pretrained + self._corrected(name, merged, deltas, is_matrix=False)
         is_matrix = self.structure.is_matrix(name, shape)
         arrays = [self.structure.as_matrices(name, array) for array in (pretrained, *deltas)]
-        groups = [self._apply(name, group[0], list(group[1:]), is_matrix) for group in zip(*arrays, strict=True)]
+        groups = [
+            self._apply(name, before, after, measured, is_matrix)
+            for (before, *after), measured in zip(zip(*arrays, strict=True), self._measured(name), strict=True)
+        ]
         return pretrained + self.structure.from_matrices(name, np.stack(groups), shape)
 
+    def _measured(self, name: str) -> Iterator[Iterable[np.ndarray]]:
+        """For each group of a tensor the statistics of all tasks; of an ungrouped one they are read when they are needed."""
+        groups = self.structure.groups.get(name, 1)
+        if self.method.granularity == "entries":
+            arrays = [self.structure.as_matrices(name, measured.array(name)) for measured in self._statistics]
+        elif groups > 1:
+            arrays = [measured.array(name) for measured in self._statistics]
+        else:
+            return iter([(measured.array(name)[0] for measured in self._statistics)])
+        return ([array[group] for array in arrays] for group in range(groups))
+
+    def _check_statistics(self) -> None:
+        for measured in self._statistics:
+            for name in self.names:
+                shape, tensor = measured.shape(name), self.start.entries[name].shape
+                if self.method.granularity == "matrices" and shape:
+                    groups, _, columns = self.structure.matrices_shape(name, tensor)
+                    fits = len(shape) == 3 and shape == (groups, shape[1], shape[1]) and columns % max(shape[1], 1) == 0
+                else:
+                    fits = shape in (None, tensor)
+                if not fits:
+                    raise UserError(
+                        f"{measured.path}: the statistics of tensor {name} are {shape}, which does not fit {tensor}"
+                    )
+
     def _apply(
-        self, name: str, pretrained: np.ndarray, deltas: list[np.ndarray], is_matrix: bool = False
+        self,
+        name: str,
+        pretrained: np.ndarray,
+        deltas: list[np.ndarray],
+        measured: Iterable[np.ndarray] = (),
+        is_matrix: bool = False,
     ) -> np.ndarray:
         """The merged delta of a part of a tensor: method, then post-processors."""
-        merged = self.method.function(pretrained, deltas, **self._parameters[name], **self._prepared.get(name, {}))
+        inputs = (pretrained, deltas, measured) if self.method.needs_statistics else (pretrained, deltas)
+        merged = self.method.function(*inputs, **self._parameters[name], **self._prepared.get(name, {}))
         return self._corrected(name, merged, deltas, is_matrix)
 
     def _corrected(self, name: str, merged: np.ndarray, deltas: Sequence[np.ndarray], is_matrix: bool) -> np.ndarray:
@@ -220,7 +266,8 @@ class Entries:
         return in_order(lambda task: function(self.vector.block(*task).values), tasks, THREADS)
 
     def sample(self) -> np.ndarray:
-        return np.concatenate([self.vector.sample(name) for name in self.names])
+        step = 1 + self.size // SAMPLED
+        return np.concatenate([self.vector.sample(name, step) for name in self.names])
 
 
 def keep_freed_memory() -> None:
@@ -246,10 +293,6 @@ def in_order(function: Callable[[Any], Any], tasks: Iterable[Any], threads: int)
         finally:
             for future in waiting:
                 future.cancel()
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _scaled_mean(deltas: Sequence[np.ndarray], scale: Any) -> np.ndarray:

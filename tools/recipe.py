@@ -28,7 +28,7 @@ class Recipe:
         method: a merge method.
         parameters: of the method.
         overrides: other parameters for some tensors, ``{tensors: "decoders.*", parameters: {scale: 0.2}}``; of several that
-            match a tensor, the last one holds.
+            match a tensor, the last one holds. Tensors are named by a pattern, or by "encoder" or "decoder".
         include: patterns of the tensors that are merged.
         exclude: patterns of tensors that stay those of the starting point.
         sparsify: a sparsifier in front of the method, ``{method: dare, parameters: {density: 0.5}}``, or its name.
@@ -36,6 +36,7 @@ class Recipe:
         seed: of the sparsifier.
         modulate: keep for each task a mask of one bit a weight, with which the merged model can become that task again.
         dtype: of the merged weights; default: the starting point's.
+        heads: file of heads that replace the task vectors' own, as ``distil --heads`` writes it.
     """
 
     pretrained: str
@@ -50,6 +51,7 @@ class Recipe:
     seed: int = 0
     modulate: bool = False
     dtype: str = ""
+    heads: str = ""
 
     def __post_init__(self) -> None:
         self.sparsify = _step(self.sparsify)
@@ -84,12 +86,15 @@ class Recipe:
         folder = Path(path).parent
         content["pretrained"] = os.path.normpath(folder / content["pretrained"])
         content["vectors"] = [os.path.normpath(folder / vector) for vector in content["vectors"]]
+        if content.get("heads"):
+            content["heads"] = os.path.normpath(folder / content["heads"])
         return cls(**content)
 
     def relative_to(self, folder: Path) -> Recipe:
         """The same with paths as they are written in a recipe in this folder."""
         pretrained, *vectors = (os.path.relpath(path, folder) for path in (self.pretrained, *self.vectors))
-        return replace(self, pretrained=pretrained, vectors=vectors)
+        heads = os.path.relpath(self.heads, folder) if self.heads else ""
+        return replace(self, pretrained=pretrained, vectors=vectors, heads=heads)
 
     def as_dict(self) -> dict[str, Any]:
         """Without what is left at its default."""
@@ -145,6 +150,7 @@ def check(content: object, where: Callable[[Place], str]) -> dict[str, Any]:
         raise UserError(f"{where(('seed',))}seed must be a whole number")
     if _typed(content, "modulate", bool, "true or false", (), where, default=False):
         _check_modulated(content, method, where)
+    _typed(content, "heads", str, "the path of a file", (), where, default="")
     dtype = _typed(content, "dtype", str, "text", (), where, default="")
     if dtype and dtype not in DTYPES:
         raise UserError(f"{where(('dtype',))}dtype must be {', '.join(DTYPES)}, got {dtype!r}{nearest(dtype, DTYPES)}")

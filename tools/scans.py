@@ -1,14 +1,20 @@
-"""A few scans to look at without their labels: of a folder of images, or of an nnU-Net dataset."""
+"""A few scans to look at without their labels: of a folder of images, or of an nnU-Net dataset; and patches of them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tqdm import tqdm
 
 from tools.bundle import Bundle
 from tools.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 
 def choose_scans(
@@ -44,3 +50,51 @@ def choose_scans(
             raise UserError(str(error)) from None
     order = np.random.default_rng(seed).permutation(len(cases))
     return [cases[position] for position in sorted(order[:count])]
+
+
+def patches_on_organs(
+    bundle: Bundle,
+    specialists: Sequence[nn.Module],
+    device: torch.device,
+    cases: Sequence[dict[str, Any]],
+    size: Sequence[int],
+    patches: int,
+    seed: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Segment scans with specialists and crop patches around what they see, as often as there are organs.
+
+    Args:
+        bundle: of their preprocessing and sliding window.
+        specialists: networks on the device, in evaluation mode, with 1 + C outputs each.
+        device: on which they segment.
+        cases: as ``choose_scans`` gives them.
+        size: of the patches, voxels.
+        patches: from each scan.
+        seed: of their places.
+
+    Yields:
+        A patch (in, …), and the soft masks of all specialists' organs (ΣC, …): the sigmoid of their margins over background.
+    """
+    import torch
+    from monai.transforms import Compose, RandCropByLabelClassesd, SpatialPadd
+
+    with bundle.code():
+        parser = bundle.parser(inferer_output="logits")
+        preprocessing, inferer = (parser.get_parsed_content(key) for key in ("preprocessing", "inferer"))
+    crop = None
+    for case in tqdm(cases, desc="scans", disable=None, leave=False):
+        image = preprocessing({"image": case["image"]})["image"].as_tensor()
+        with torch.inference_mode():
+            outputs = [inferer(image[None].to(device), network)[0].float() for network in specialists]
+            margins = torch.cat([output[1:] - output[:1] for output in outputs]).cpu()
+        organ = torch.where(margins.amax(0) > 0, margins.argmax(0) + 1, 0)[None]
+        if crop is None:
+            several = {"num_classes": 1 + len(margins), "num_samples": patches, "warn": False}
+            crop = Compose(
+                [
+                    SpatialPadd(("image", "mask", "organ"), size),
+                    RandCropByLabelClassesd(("image", "mask"), "organ", size, **several),
+                ]
+            ).set_random_state(seed)
+        for piece in crop({"image": image, "mask": margins.sigmoid(), "organ": organ}):
+            yield piece["image"].as_tensor(), piece["mask"].as_tensor()

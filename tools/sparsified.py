@@ -59,9 +59,11 @@ class SparsifiedVector:
     blocks = TaskVector.blocks  # both go through block()
     delta = TaskVector.delta
 
-    def sample(self, name: str) -> np.ndarray:
+    def sample(self, name: str, step: int = 1) -> np.ndarray:
         """As of the task vector, but it reads all of it."""
-        return np.concatenate([block.values[::64] for block in self.blocks(name)] or [np.empty(0, np.float32)])
+        return np.concatenate(
+            [block.values[:: 64 * step].copy() for block in self.blocks(name)] or [np.empty(0, np.float32)]
+        )
 
     def _factors_of_tensor(self, name: str) -> np.ndarray:
         delta = self._vector.delta(name)

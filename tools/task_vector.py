@@ -2,7 +2,7 @@
 
 On disk it is one safetensors file, read block by block so that merging needs no more memory for a large network than for a
 small one. ``backbone/<name>`` holds τ = finetuned - pretrained, ``head/<name>`` the whole head tensor in canonical form
-(background row zero), ``buffer/<name>`` the specialist's integer buffers; everything else is in the header. A float32
+(the background's logit is zero), ``buffer/<name>`` the specialist's integer buffers; everything else is in the header. A float32
 difference cannot always give the specialist back: where it does not, ``remainder/<name>`` holds the rounding error of the
 subtraction, itself a float32, and ``position/<name>`` where in its block, so that pretrained + τ is the specialist bit for bit
 (unless a weight changed its magnitude by more than 2**29). Each block has a checksum.
@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 from xxhash import xxh3_64
 
 from tools.errors import UserError
 from tools.network import Structure
-from tools.weights_file import BLOCK, WeightsFile, check_finite
+from tools.weights_file import BLOCK, WeightsFile, check_finite, to_bytes, write_safetensors
 
 FORMAT = "task-vector-2"  # the header's only entry: safetensors writes several in random order
 
@@ -150,8 +149,8 @@ class TaskVector:
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise UserError(f"{path} is damaged, or is not a task vector ({_reason(error)})") from None
         channels = 1 + len(self.facts.labels)
-        for name, axis in self.facts.structure.head.items():
-            if self.head[name].ndim <= axis or self.head[name].shape[axis] != channels:
+        for name, tensor in self.head.items():
+            if not self.facts.structure.counts(name, tensor.shape, channels):
                 raise UserError(f"{path}: head tensor {name} does not have {channels} output channels")
         digest = hashlib.sha256(header.encode())
         for name in sorted(self.head):
@@ -202,11 +201,14 @@ class TaskVector:
         """Whether these are the starting point's values, float32, of a block."""
         return checksum(pretrained) == self.tensors[name].pretrained[number]
 
-    def sample(self, name: str) -> np.ndarray:
-        """A few entries from each block of a tensor, in little time: what they are read from is not checked."""
+    def sample(self, name: str, step: int = 1) -> np.ndarray:
+        """A few entries from each block of a tensor, one of 64 · step, in little time: what they are read from is not checked."""
         size = prod(self.tensors[name].shape)
         starts = range(0, size, BLOCK)
-        pieces = [self._file.bytes(f"backbone/{name}", s, min(s + BLOCK // 16, size)).view("<f4")[::4] for s in starts]
+        pieces = [
+            self._file.bytes(f"backbone/{name}", s, min(s + BLOCK // 16, size)).view("<f4")[:: 4 * step].copy()
+            for s in starts
+        ]
         return np.concatenate(pieces or [np.empty(0, np.float32)])
 
     def blocks(self, name: str) -> Iterator[Block]:
@@ -251,44 +253,61 @@ def save_task_vector(
     head: Mapping[str, np.ndarray],
     buffers: Mapping[str, np.ndarray],
 ) -> None:
-    """Write a task vector. The same content gives the same bytes.
+    """Write a task vector, one tensor in memory at a time. The same content gives the same bytes.
 
     Args:
         path: the file.
         facts: its header.
-        backbone: name, pretrained and finetuned of every floating-point tensor that is neither head nor alias, float32.
+        backbone: name, pretrained and finetuned of every floating-point tensor that is neither head nor alias, float32; it is
+            gone through twice, because the header, with the checksums, comes first.
         head: in canonical form, float32.
         buffers: integer buffers of the specialist.
     """
-    arrays: dict[str, np.ndarray] = {}
+    whole = {f"buffer/{n}": t for n, t in buffers.items()} | {f"head/{n}": t for n, t in head.items()}
+    layout = {key: (np.asarray(tensor).dtype.name, np.shape(tensor)) for key, tensor in whole.items()}
     tensors: dict[str, dict[str, list]] = {}
     for name, pretrained, finetuned in backbone:
-        delta = np.asarray(finetuned - pretrained)
-        flat, before, after = delta.reshape(-1), pretrained.reshape(-1), finetuned.reshape(-1)
-        positions, remainders, checksums, starts = [], [], [], []
-        for start in range(0, flat.size, BLOCK):
-            part = slice(start, start + BLOCK)
-            where = np.flatnonzero(before[part] + flat[part] != after[part])
-            exact = after[part][where].astype(np.float64) - before[part][where]
-            positions.append(where.astype("<i4"))
-            remainders.append((exact - flat[part][where]).astype("<f4"))
-            checksums.append(checksum(flat[part], positions[-1], remainders[-1]))
-            starts.append(checksum(before[part]))
-        arrays[f"backbone/{name}"] = delta
-        if any(where.size for where in positions):
-            arrays[f"position/{name}"] = np.concatenate(positions)
-            arrays[f"remainder/{name}"] = np.concatenate(remainders)
-        counts = [where.size for where in positions]
-        tensors[name] = {"remainders": counts, "checksums": checksums, "pretrained": starts}
-    whole = {f"head/{n}": t for n, t in head.items()} | {f"buffer/{n}": t for n, t in buffers.items()}
+        blocks = [*_blocks(pretrained, finetuned)]
+        starts = [checksum(part) for part in _parts(pretrained)]
+        counts = [block.positions.size for block in blocks]
+        sums = [checksum(block.values, block.positions, block.remainders) for block in blocks]
+        tensors[name] = {"remainders": counts, "checksums": sums, "pretrained": starts}
+        layout[f"backbone/{name}"] = "float32", pretrained.shape
+        if sum(counts):
+            layout[f"position/{name}"] = "int32", (sum(counts),)
+            layout[f"remainder/{name}"] = "float32", (sum(counts),)
     header = {
         **asdict(facts),
         "structure": facts.structure.as_dict(),
         "tensors": tensors,
         "checksums": {key: checksum(np.asarray(tensor)) for key, tensor in whole.items()},
     }
-    arrays |= {key: np.array(tensor, order="C") for key, tensor in whole.items()}
-    save_file(arrays, path, metadata={FORMAT: json.dumps(header)})
+
+    def data() -> Iterator[tuple[str, list[np.ndarray]]]:
+        for key, tensor in whole.items():
+            yield key, [to_bytes(np.asarray(tensor), layout[key][0])]
+        for name, pretrained, finetuned in backbone:
+            blocks = [*_blocks(pretrained, finetuned)]
+            yield f"backbone/{name}", [block.values.view(np.uint8) for block in blocks]
+            if f"position/{name}" in layout:
+                yield f"position/{name}", [block.positions.view(np.uint8) for block in blocks]
+                yield f"remainder/{name}", [block.remainders.view(np.uint8) for block in blocks]
+
+    write_safetensors(path, layout, data(), {FORMAT: json.dumps(header)})
+
+
+def _blocks(pretrained: np.ndarray, finetuned: np.ndarray) -> Iterator[Block]:
+    """The blocks of finetuned - pretrained."""
+    for before, after in zip(_parts(pretrained), _parts(finetuned), strict=True):
+        delta = after - before
+        where = np.flatnonzero(before + delta != after)
+        exact = after[where].astype(np.float64) - before[where]
+        yield Block(delta, where.astype("<i4"), (exact - delta[where]).astype("<f4"))
+
+
+def _parts(tensor: np.ndarray) -> Iterator[np.ndarray]:
+    flat = tensor.reshape(-1)
+    return (flat[start : start + BLOCK] for start in range(0, flat.size, BLOCK))
 
 
 def checksum(*arrays: np.ndarray) -> str:

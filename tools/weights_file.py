@@ -330,6 +330,37 @@ def write_torch(
         raise ValueError(f"no data for {', '.join(keys)}")
 
 
+def write_safetensors(
+    path: str | Path,
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    data: Iterable[tuple[str, Iterable[np.ndarray]]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a safetensors file piece by piece, for what does not fit into memory; else there is ``safetensors.save_file``.
+
+    Args:
+        path: the file.
+        tensors: dtype and shape by name, in the order of the data.
+        data: for each tensor its name and its bytes in pieces.
+        metadata: for the header.
+    """
+    names = {dtype: name for name, dtype in SAFETENSORS.items()}
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+        header[name] = {"dtype": names[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for expected, (name, pieces) in zip(tensors, data, strict=True):
+            written = sum(file.write(memoryview(piece)) for piece in pieces)
+            start, end = header[expected]["data_offsets"]
+            if (name, written) != (expected, end - start):
+                raise ValueError(f"{name} has {written} bytes; {end - start} of {expected} were expected")
+
+
 def _record(archive: zipfile.ZipFile, name: str, pieces: Iterable, size: int = 0) -> None:
     """One record of a zip archive, its data at a multiple of 64 bytes as torch wants it for mapping."""
     info = zipfile.ZipInfo(name)

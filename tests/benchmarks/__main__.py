@@ -1,9 +1,12 @@
-"""``make bench``: speed, as ratios within one run. Without a word all of it, or what is named: training, merging."""
+"""``make bench``: speed, as ratios within one run. Without a word all of it, or what is named: training, inference, merging.
+
+``ARGS="large <folder>"`` measures the memory of a merge of 1.48 billion parameters, for which the folder must have 60 GB.
+"""
 
 import sys
 
 if __name__ == "__main__":
-    wanted = sys.argv[1:] or ["training", "merging"]
+    wanted = sys.argv[1:] or ["training", "inference", "merging"]
     if "training" in wanted:
         import torch
 
@@ -11,7 +14,15 @@ if __name__ == "__main__":
 
         print(f"{torch.get_num_threads()} threads; ours, MONAI's default (float32, contiguous), ratio of the two\n")
         compare_training_steps()
+    if "inference" in wanted:
+        from tests.benchmarks.inference import compare_inference
+
+        compare_inference()
     if "merging" in wanted:
         from tests.benchmarks.merging import compare_merging
 
         compare_merging()
+    if wanted[0] == "large":
+        from tests.benchmarks.merging import measure_large_merge
+
+        measure_large_merge(wanted[1])

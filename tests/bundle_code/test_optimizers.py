@@ -29,3 +29,11 @@ def test_frozen_parameters_do_not_decay():
     net.head.sum().backward()
     optimizer.step()
     assert torch.equal(net.backbone, torch.ones(3))
+
+
+def test_running_statistics_of_the_head_are_not_optimised():
+    net = torch.nn.ModuleDict({"backbone": torch.nn.Linear(2, 2), "head": torch.nn.BatchNorm1d(2)})
+    head = ["head.weight", "head.bias", "head.running_mean", "head.running_var"]
+    groups = adamw(net, head, 0.1, 0.2, 0.5, 0.0).param_groups
+    assert [len(group["params"]) for group in groups] == [2, 2]
+    assert groups[1]["params"][0] is net["head"].weight

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT, run
+from tools.bundle import read_json, write_json
 
 
 def infer(bundle, images, output, *extra, check=True):
@@ -142,6 +143,34 @@ def test_label_map_is_the_plain_argmax_of_sliding_window_logits(alone, chain, tm
     best, organ = logits.max(0)
     rule = torch.where(best > 0, organ + 1, 0).numpy()
     assert np.mean(ours == rule) > 0.9999
+
+
+def test_outputs_of_a_bundle_that_resamples_its_images(alone, ras, tmp_path):
+    """Labels and logits give one label map, on the image's own grid; smooth labels one with fewer steps at its surface."""
+    copy = tmp_path / "copy"
+    shutil.copytree(alone, copy)
+    config = read_json(copy / "configs" / "inference.json")
+    spacing = {"_target_": "Spacingd", "keys": "image", "pixdim": [9.0, 9.0, 9.0], "mode": "bilinear"}
+    config["preprocessing"]["transforms"].insert(3, spacing)
+    write_json(copy / "configs" / "inference.json", config)
+    turn = nibabel.orientations.ornt_transform(
+        nibabel.io_orientation(ras.affine), nibabel.orientations.axcodes2ornt("PSL")
+    )
+    image = ras.as_reoriented(turn)
+    nibabel.save(image, tmp_path / "psl.nii.gz")
+    maps = {}
+    for output in ("labels", "logits", "smooth_labels"):
+        infer(copy, tmp_path / "psl.nii.gz", tmp_path / output, "--inferer_output", output)
+        file = nibabel.load(tmp_path / output / "psl_seg.nii.gz")
+        assert file.get_data_dtype() == np.uint8
+        np.testing.assert_allclose(file.affine, image.affine, atol=1e-4)
+        maps[output] = np.asarray(file.dataobj)
+    assert np.array_equal(maps["labels"], maps["logits"])
+    assert maps["labels"].any()
+    assert maps["smooth_labels"].shape == image.shape
+    assert 0.9 < np.mean(maps["smooth_labels"] == maps["labels"]) < 1
+    steps = {name: sum(np.abs(np.diff(m > 0, axis=axis)).sum() for axis in range(3)) for name, m in maps.items()}
+    assert steps["smooth_labels"] < steps["labels"]
 
 
 def test_verify_net_in_out_and_export_of_a_merged_bundle(alone):

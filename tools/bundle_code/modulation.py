@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -10,27 +11,27 @@ import torch
 from monai.inferers import Inferer
 from torch import Tensor
 
-from .inferers import MixedPrecisionInferer
+from .sliding_window import SlidingWindow
 
 
-class ModulatedInferer(MixedPrecisionInferer):
-    """One pass with the shared weights, or one pass for each task with its own.
+class ModulatedInferer(Inferer):
+    """One sweep with the shared weights, or one sweep for each task with its own.
 
-    The shared weights are θ0 + λ·τ, τ being the unified task vector; those of a task are θ0 + scale · mask ⊙ τ. Every pass fills
-    the output channels of its task; the others are never looked at.
+    The shared weights are θ0 + λ·τ, τ being the unified task vector; those of a task are θ0 + scale · mask ⊙ τ. Every sweep
+    gives the output channels of its task; the others are never looked at.
 
     Args:
         inferer: runs the network on an image.
         modulators: file that ``python -m tools merge`` writes: for each tensor ``unified/<name>`` and, a bit for each entry,
             ``mask/<name>`` (tasks × bytes); ``scale`` (tasks), ``shared`` (λ) and ``channels``, the number of each task's.
-        enabled: a pass for each task; without it one pass with the shared weights.
-        precision: see ``MixedPrecisionInferer``.
+        enabled: a sweep for each task; without it one sweep with the shared weights.
 
     Source: Huang et al., EMR-Merging, NeurIPS 2024; Wang et al. (TALL-masks), ICML 2024.
     """
 
-    def __init__(self, inferer: Inferer, modulators: str, enabled: bool = True, precision: str = "bfloat16") -> None:
-        super().__init__(inferer, precision)
+    def __init__(self, inferer: SlidingWindow, modulators: str, enabled: bool = True) -> None:
+        super().__init__()
+        self.inferer = inferer
         self.modulators = modulators
         self.enabled = enabled
 
@@ -39,28 +40,34 @@ class ModulatedInferer(MixedPrecisionInferer):
         """What the file of modulators holds, read when the first image comes."""
         return torch.load(self.modulators, map_location="cpu", weights_only=True)
 
-    def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
         if not self.enabled:
-            return super().__call__(inputs, network, *args, **kwargs)
+            return self.inferer(inputs, network, *args, **kwargs)
+        tasks = [self._as_task(network, task) for task in range(len(self.content["scale"]))]
+        return self.inferer.stack(inputs, tasks, *args, **kwargs)
+
+    @contextmanager
+    def _as_task(self, network: Callable[..., Any], task: int) -> Iterator[Callable[..., Tensor]]:
+        """The network with a task's weights, giving the task's channels; the first one's with background before them."""
         content, tensors = self.content, getattr(network, "module", network).state_dict()
-        names = [name.removeprefix("unified/") for name in content if name.startswith("unified/")]
-        shared = {name: tensors[name].clone() for name in names}
-        outputs, first = [], 1
+        counts = content["channels"].tolist()
+        end = 1 + sum(counts[: task + 1])
+        own = slice(end - counts[task] if task else 0, end)
+        shared = {name: tensors[name].clone() for name in self._names}
         try:
-            for task, (scale, channels) in enumerate(
-                zip(content["scale"].tolist(), content["channels"].tolist(), strict=True)
-            ):
-                for name, tensor in shared.items():
-                    unified = content[f"unified/{name}"]
-                    factor = scale * bits(content[f"mask/{name}"][task], unified.shape) - content["shared"].item()
-                    tensors[name].copy_(tensor + (unified * factor).to(tensor))
-                output = super().__call__(inputs, network, *args, **kwargs)
-                outputs += [output[:, :1]] * (not outputs) + [output[:, first : first + channels]]
-                first += channels
+            for name, tensor in shared.items():
+                unified = content[f"unified/{name}"]
+                mask = bits(content[f"mask/{name}"][task], unified.shape)
+                factor = content["scale"][task].item() * mask - content["shared"].item()
+                tensors[name].copy_(tensor + (unified * factor).to(tensor))
+            yield lambda window, *args, **kwargs: network(window, *args, **kwargs)[:, own]
         finally:
             for name, tensor in shared.items():
                 tensors[name].copy_(tensor)
-        return torch.cat(outputs, 1)
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return [name.removeprefix("unified/") for name in self.content if name.startswith("unified/")]
 
 
 def bits(packed: Tensor, shape: torch.Size) -> Tensor:

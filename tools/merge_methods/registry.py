@@ -12,7 +12,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -134,6 +134,8 @@ class Method:
             (input · k³), while a merge method's other tensors are averaged and multiplied by the parameter ``scale``.
         prepare: looks at the whole task vectors first and adds parameters, ``(deltas, **parameters) -> parameters``;
             for methods with a threshold over all tensors.
+        needs_statistics: the function's third argument is what was measured of each specialist (``tools.task_statistics``);
+            tensors of which nothing was are averaged and multiplied by the parameter ``scale``.
     """
 
     name: str
@@ -141,6 +143,7 @@ class Method:
     function: Callable[..., np.ndarray]
     granularity: Granularity = "entries"
     prepare: Callable[..., dict[str, object]] | None = None
+    needs_statistics: bool = False
 
     @property
     def summary(self) -> str:
@@ -179,9 +182,13 @@ def merge_method(
     reference: str,
     granularity: Granularity = "entries",
     prepare: Callable[..., dict[str, object]] | None = None,
+    needs_statistics: bool = False,
 ):
-    """Register ``(pretrained, deltas, *, parameters…) -> merged delta`` as a merge method."""
-    return _register(METHODS, name, reference, granularity, prepare)
+    """Register ``(pretrained, deltas, *, parameters…) -> merged delta`` as a merge method.
+
+    With ``needs_statistics`` it is ``(pretrained, deltas, statistics, *, parameters…)``.
+    """
+    return _register(METHODS, name, reference, granularity, prepare, needs_statistics)
 
 
 def sparsifier(name: str, reference: str, granularity: Granularity):
@@ -189,7 +196,7 @@ def sparsifier(name: str, reference: str, granularity: Granularity):
 
     ``uniform`` holds random numbers in [0, 1), ``factors`` what the entries are multiplied by; all have the same shape.
     """
-    return _register(SPARSIFIERS, name, reference, granularity, None)
+    return _register(SPARSIFIERS, name, reference, granularity)
 
 
 def postprocessor(name: str, reference: str, granularity: Granularity):
@@ -197,13 +204,12 @@ def postprocessor(name: str, reference: str, granularity: Granularity):
 
     ``depth`` is 0 for the network's first tensor and 1 for its last one.
     """
-    return _register(POSTPROCESSORS, name, reference, granularity, None)
+    return _register(POSTPROCESSORS, name, reference, granularity)
 
 
-def _register(table: dict[str, Method], name: str, *facts: object):
+def _register(table: dict[str, Method], name: str, reference: str, *facts: Any):
     def register(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
-        reference, granularity, prepare = facts
-        table[name] = Method(name, reference, function, granularity, prepare)
+        table[name] = Method(name, reference, function, *facts)
         return function
 
     return register

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,14 +31,17 @@ class MixedPrecisionInferer(Inferer):
         self.channels_last = channels_last
 
     def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        plain = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs
-        device = plain.device.type
-        half = self.precision == "bfloat16" and (device != "cuda" or torch.cuda.is_bf16_supported())
-
         def forward(window: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if self.channels_last and window.ndim == 5:
-                window = window.contiguous(memory_format=torch.channels_last_3d)
-            with torch.autocast(window.device.type, dtype=torch.bfloat16, enabled=half):
-                return network(window, *args, **kwargs).float()
+            return self.forward(network, window, *args, **kwargs).float()
 
+        plain = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs
         return self.inferer(plain, forward, *args, **kwargs)
+
+    def forward(self, network: Callable[..., Any], window: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """One pass of the network, whose output keeps the precision that it was computed in."""
+        device = window.device.type
+        half = self.precision == "bfloat16" and (device != "cuda" or torch.cuda.is_bf16_supported())
+        if self.channels_last and window.ndim == 5:
+            window = window.contiguous(memory_format=torch.channels_last_3d)
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=half):
+            return network(window, *args, **kwargs)

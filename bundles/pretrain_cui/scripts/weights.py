@@ -45,15 +45,25 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-def load_backbone(network: nn.Module, bundle_root: str | Path, head: Sequence[str]) -> dict[str, Tensor]:
+def load_backbone(
+    network: nn.Module,
+    bundle_root: str | Path,
+    head: Sequence[str],
+    last_layer: Sequence[str] = (),
+    skips: Sequence[str] = (),
+) -> dict[str, Tensor]:
     """Load a starting point's backbone into a network and start its fresh head from zero.
 
-    From zero, every voxel at probability 1/2, the head learns in one epoch what takes it several from random weights.
+    From zero, every voxel at probability 1/2, the head learns in one epoch what takes it several from random weights. Of several
+    layers only the last starts from zero: nothing could be learned through two layers of zeros.
 
     Args:
         network: changed in place.
         bundle_root: the bundle; the starting point is its ``models/pretrained/model.pt``.
         head: names of the head's tensors.
+        last_layer: those of its last layer, where it has several.
+        skips: kernels among them to whose outputs the network adds their inputs, (C, C, …): they start by taking the
+            background's away, so that its logit is zero.
 
     Returns:
         The starting point's parameters by name, head left out.
@@ -68,5 +78,8 @@ def load_backbone(network: nn.Module, bundle_root: str | Path, head: Sequence[st
     for name in [*backbone, *own]:
         if name not in head and (name not in own or name not in backbone or backbone[name].shape != own[name].shape):
             raise ValueError(f"{path} is not of this network: tensor {name} is missing, or has another shape")
-    network.load_state_dict(backbone | {name: torch.zeros_like(own[name]) for name in head})
+    fresh = {name: torch.zeros_like(own[name]) if name in (last_layer or head) else own[name] for name in head}
+    for name in skips:
+        fresh[name][0, 0, *(size // 2 for size in fresh[name].shape[2:])] = -1
+    network.load_state_dict(backbone | fresh)
     return backbone

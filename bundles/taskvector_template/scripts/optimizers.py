@@ -24,7 +24,7 @@ def adamw(
 
     Args:
         network: its parameters are optimised.
-        head: names of the head's parameters.
+        head: names of the head's tensors; what is no parameter, as running statistics, is not optimised.
         lr: backbone learning rate.
         head_lr: head learning rate.
         weight_decay: of the backbone, per step multiplied by its learning rate.
@@ -32,10 +32,11 @@ def adamw(
         pretrained: backbone weights by name.
     """
     parameters = dict(network.named_parameters())
+    trained = [name for name in head if name in parameters]
     backbone = [name for name in parameters if name not in head]
     groups = [
         {"params": [parameters[name] for name in backbone], "lr": lr, "weight_decay": weight_decay},
-        {"params": [parameters[name] for name in head], "lr": head_lr, "weight_decay": head_weight_decay},
+        {"params": [parameters[name] for name in trained], "lr": head_lr, "weight_decay": head_weight_decay},
     ]
     if pretrained is None:
         return torch.optim.AdamW(groups)

@@ -1,0 +1,120 @@
+"""Sliding windows: seconds and resident memory above network and image, of MONAI's inferer and an argmax, and of ours."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from monai.inferers import SlidingWindowInferer
+from torch import Tensor, nn
+
+from tools.bundle_code.inferers import MixedPrecisionInferer
+from tools.bundle_code.residual_unet import PointwiseConv3d, ResidualUNet3D
+from tools.bundle_code.sliding_window import SlidingWindow
+
+GIB = 2**30
+WINDOWS = {"roi_size": 96, "overlap": 0.5, "mode": "gaussian"}  # those of the bundles
+
+
+def monai(image: Tensor, network: nn.Module, at_a_time: int) -> Tensor:
+    """MONAI's inferer and an argmax in its defaults, float32 and contiguous, with the windows of the bundles."""
+    for module in network.modules():
+        if isinstance(module, PointwiseConv3d):
+            module.__class__ = nn.Conv3d
+    return SlidingWindowInferer(sw_batch_size=at_a_time, **WINDOWS)(image, network).argmax(1, keepdim=True)
+
+
+def monai_in_bfloat16(image: Tensor, network: nn.Module, at_a_time: int) -> Tensor:
+    """The same in our precision and memory format."""
+    network.to(memory_format=torch.channels_last_3d)
+    return MixedPrecisionInferer(SlidingWindowInferer(sw_batch_size=at_a_time, **WINDOWS))(image, network).argmax(
+        1, keepdim=True
+    )
+
+
+def ours(image: Tensor, network: nn.Module, at_a_time: int) -> Tensor:
+    """The inferer of the bundles."""
+    network.to(memory_format=torch.channels_last_3d)
+    return SlidingWindow(sw_batch_size=at_a_time, **WINDOWS)(image, network)
+
+
+def smooth(image: Tensor, network: nn.Module, at_a_time: int) -> Tensor:
+    """The same, with labels on the grid of an image of two thirds of the voxel size."""
+    from monai.data import MetaTensor
+
+    network.to(memory_format=torch.channels_last_3d)
+    fine = [round(1.5 * length) for length in image.shape[2:]]
+    meta = {"original_affine": torch.diag(torch.tensor([2 / 3] * 3 + [1.0])), "spatial_shape": fine}
+    return SlidingWindow(sw_batch_size=at_a_time, **WINDOWS, output="smooth_labels")(
+        MetaTensor(image, torch.eye(4), meta), network
+    )
+
+
+def unet() -> nn.Module:
+    return ResidualUNet3D(out_channels=16, width=16, dropout=0.0)
+
+
+def one_layer() -> nn.Module:
+    """105 classes at almost no cost, so that what is measured is stitching."""
+    return PointwiseConv3d(1, 105)
+
+
+def compare_inference() -> None:
+    """Print a line for each way, with ratios to the first."""
+    print(
+        f"{torch.get_num_threads()} threads; seconds, ratio, memory above network and image, labels unlike the first's"
+    )
+    compare("16 classes, width 16", unet, (1, 1, 144, 144, 192), [monai, monai_in_bfloat16, ours, smooth])
+    compare("105 classes, one layer", one_layer, (1, 1, 150, 150, 150), [monai, monai_in_bfloat16, ours])
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    if free < 30 * GIB:
+        print(f"\nMONAI's way is left out: its 105 channels take 20 GiB, and {free / GIB:.0f} GiB are free")
+    ways = [monai, ours] if free >= 30 * GIB else [ours]
+    compare("105 classes, one layer", one_layer, (1, 1, 300, 300, 400), ways, at_a_time=1)
+
+
+def compare(
+    name: str, make: Callable[[], nn.Module], size: Sequence[int], ways: Sequence[Callable], at_a_time: int = 4
+) -> None:
+    print(f"\n{name}, image of {' × '.join(map(str, size[2:]))}, {at_a_time} windows at a time")
+    first: tuple[float, Tensor] | None = None
+    for way in ways:
+        context = multiprocessing.get_context("spawn")
+        mine, other = context.Pipe()
+        process = context.Process(target=_measure, args=(other, make, size, way, at_a_time), daemon=True)
+        process.start()
+        seconds, memory, labels = mine.recv()
+        process.join()
+        labels = torch.frombuffer(labels, dtype=torch.uint8)
+        first = first or (seconds, labels)
+        unlike = "" if labels.shape != first[1].shape else f"{(labels != first[1]).sum().item():>10} voxels"
+        print(
+            f"{way.__name__:<20} {seconds:8.2f} s {first[0] / seconds:6.2f} x {memory / GIB:8.2f} GiB {unlike}",
+            flush=True,
+        )
+
+
+def _measure(
+    connection: Connection, make: Callable[[], nn.Module], size: Sequence[int], way: Callable, at_a_time: int
+) -> None:
+    torch.manual_seed(0)
+    network, image = make().eval(), torch.rand(size)
+    with torch.inference_mode():
+        way(image[..., :100, :100, :100], network, at_a_time)  # what is set up once
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = _resident("VmRSS")
+        began = time.perf_counter()
+        labels = way(image, network, at_a_time)
+        seconds = time.perf_counter() - began
+    connection.send((seconds, _resident("VmHWM") - before, bytearray(labels.to(torch.uint8).numpy().tobytes())))
+
+
+def _resident(entry: str) -> int:
+    """Bytes, as the kernel counts them (Linux)."""
+    return 1024 * int(re.search(rf"{entry}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
