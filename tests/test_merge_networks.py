@@ -12,7 +12,7 @@ import torch
 from tests.conftest import ROOT, run
 from tools.bundle import Bundle, write_json
 from tools.diff import diff
-from tools.distil import Student
+from tools.distil import Student, distil
 from tools.edit import edit
 from tools.errors import UserError
 from tools.heads import canonical_head
@@ -269,6 +269,32 @@ def test_recalibrated_statistics_are_those_of_the_activations(chain, tmp_path):
             loaded(batch)
     means = torch.stack([x.mean((0, 2, 3, 4)) for x in seen]).mean(0)
     torch.testing.assert_close(first.running_mean, means, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("chain", [NNUNET], indirect=True)
+def test_a_network_of_shared_tensors_that_returns_a_list_is_distilled_and_segments(chain, tmp_path):
+    from tools.evaluate import find_cases, segment
+    from tools.phantom import phantom
+
+    _, folder, _, networks = chain
+    phantom(str(tmp_path / "data"), cases=1)
+    path = folder / "start/configs/inference.json"
+    path.write_text(path.read_text().replace("[96, 96, 96]", "[32, 32, 32]"))
+    vectors = ",".join(str(folder / f"{task}.safetensors") for task in networks)
+    quick = {"scans": 1, "patches": 4, "steps": 1, "batch_size": 1}
+    distil(str(folder / "start"), vectors, str(tmp_path / "data"), str(tmp_path / "m"), **quick)
+    image = torch.rand(1, 1, 32, 32, 32)
+    student = Student(
+        Bundle(folder / "start"), Bundle(folder / "start").weights(), list(map(TaskVector, vectors.split(",")))
+    )
+    for number, task in enumerate(networks):
+        own = outputs(networks[task], image)[0]
+        own = own - own[:, :1] if task == "two" else own  # a softmax head
+        with torch.inference_mode():
+            torch.testing.assert_close(student.teacher(number)(image)[0], own, rtol=1e-3, atol=1e-4)
+    cases = find_cases(tmp_path / "data", "all", "", 0)
+    ((_, prediction, reference, _),) = segment(Bundle(tmp_path / "m"), cases)
+    assert prediction.shape == reference.shape and set(np.unique(prediction)) <= {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize("chain", ["SegResNet"], indirect=True)

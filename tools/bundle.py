@@ -8,11 +8,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tools.errors import UserError
 from tools.network import Structure, describe, inner_network, spare_channels
 from tools.weights_file import WeightsFile
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class Bundle:
@@ -83,6 +86,23 @@ class Bundle:
             return load_state(self.model_file)
         except ValueError as error:
             raise UserError(str(error)) from None
+
+    def network(self) -> nn.Module:
+        """The network with its weights, on the device that inference.json names, in evaluation mode.
+
+        Raises:
+            UserError: there are no weights, the file is damaged or holds NaN, or they do not fit the network.
+        """
+        state = self.state()
+        with self.code():
+            parser = self.parser()
+            network, device = (parser.get_parsed_content(key) for key in ("network_def", "device"))
+        try:
+            network.load_state_dict(state)
+        except RuntimeError as error:
+            message = " ".join(str(error).split())[:300]
+            raise UserError(f"{self.model_file} does not fit the network of {self.path}: {message}") from None
+        return network.to(device).eval()
 
     @contextmanager
     def code(self) -> Iterator[None]:

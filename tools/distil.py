@@ -126,10 +126,11 @@ class Student:
         self.bundle = start
         self.tasks = tasks
         structure = tasks[0].facts.structure
-        self.names = [n for n in weights.entries if n in tasks[0].tensors and n not in structure.statistics]
+        backbone = [n for n in weights.entries if n not in structure.head and n not in structure.aliases]
+        self.names = [n for n in backbone if n in tasks[0].tensors and n not in structure.statistics]
         with start.code():
             self.device = start.parser().get_parsed_content("device")
-        self.base = {n: self._on_device(weights.array(n)) for n in weights.entries if n not in structure.head}
+        self.base = {n: self._on_device(weights.array(n)) for n in backbone}
         self.deltas = [{n: self._on_device(task.delta(n).astype(np.float32)) for n in task.tensors} for task in tasks]
         means = {n: self.base[n] + sum(delta[n] for delta in self.deltas) / len(tasks) for n in structure.statistics}
         self.shared = self.base | means
@@ -146,12 +147,14 @@ class Student:
         """
         import torch
 
+        from tools.bundle_code.inferers import full_size
+
         merged = {
             name: self.base[name] + sum(c * delta[name] for c, delta in zip(row, self.deltas, strict=True))
             for name, row in zip(self.names, coefficients, strict=True)
         }
         state = self.shared | merged | self.head | head
-        return torch.func.functional_call(self.network, state, (image,), tie_weights=True)
+        return full_size(torch.func.functional_call(self.network, state, (image,), tie_weights=True))
 
     def teacher(self, number: int) -> nn.Module:
         """A specialist with its own head in canonical form: logits (N, 1 + C, …)."""
@@ -209,7 +212,7 @@ class Pool:
         import torch
 
         teachers = [student.teacher(number) for number in range(len(student.tasks))]
-        pairs = patches_on_organs(student.bundle, teachers, student.device, cases, size, patches, seed)
+        pairs = patches_on_organs(student.bundle, teachers, cases, size, patches, seed)
         images, masks = zip(*((image, mask.half()) for image, mask in pairs), strict=True)
         return cls(torch.stack(images), torch.stack(masks))
 

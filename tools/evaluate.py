@@ -152,7 +152,8 @@ def segment(
     from monai.transforms import Compose, EnsureChannelFirst, LoadImage
     from tqdm import tqdm
 
-    state = bundle.state()
+    network = bundle.network().to(memory_format=torch.channels_last_3d)
+    device = next(network.parameters()).device
     with bundle.code(), torch.inference_mode():
         parser = bundle.parser()
         parser["postprocessing"] = {
@@ -161,15 +162,6 @@ def segment(
                 t for t in bundle.inference["postprocessing"]["transforms"] if not t["_target_"].endswith("SaveImaged")
             ],
         }
-        network = parser.get_parsed_content("network_def")
-        try:
-            network.load_state_dict(state)
-        except RuntimeError as error:
-            raise UserError(
-                f"{bundle.model_file} does not fit the network of {bundle.path}: {str(error)[:300]}"
-            ) from None
-        device = parser.get_parsed_content("device")
-        network.to(device, memory_format=torch.channels_last_3d).eval()
         inferer = parser.get_parsed_content("inferer")
         preprocessing = parser.get_parsed_content("preprocessing")
         postprocessing = parser.get_parsed_content("postprocessing")

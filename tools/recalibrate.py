@@ -49,28 +49,24 @@ def recalibrate(
     from torch.nn.modules.batchnorm import _BatchNorm
 
     source = Bundle(bundle)
-    state = source.state()
-    with source.code():
-        network = source.parser().get_parsed_content("network_def")
-    network.load_state_dict(state)
+    network = source.network()
+    device = next(network.parameters()).device
+    counters = {n: t.cpu().clone() for n, t in network.state_dict().items() if n.endswith("num_batches_tracked")}
     layers = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not layers:
         raise UserError(f"the network of {bundle} keeps no running statistics: there is nothing to measure anew")
     cases = choose_scans(images, source, part, split_file, scans, seed)
-    network.eval()
     for layer in layers:
         layer.reset_running_stats()
         layer.momentum = None  # the mean over all that is seen
         layer.train()
     with torch.inference_mode():
         for batch in patches_of(source, cases, patches, batch_size, seed):
-            network(batch)
-    for name, tensor in network.state_dict().items():
-        if name.endswith("num_batches_tracked"):
-            tensor.copy_(state[name])
+            network(batch.to(device))
+    measured = network.cpu().state_dict() | counters
     with complete_output(output, overwrite) as folder:
         shutil.copytree(source.path, folder, ignore=shutil.ignore_patterns("eval", "checkpoints", "__pycache__"))
-        torch.save(network.state_dict(), folder / "models" / "model.pt")
+        torch.save(measured, folder / "models" / "model.pt")
         facts = {"of": file_sha256(source.model_file), "scans": len(cases), "patches": patches, "seed": seed}
         update_metadata(folder, lineage={**source.metadata.get("lineage", {}), "recalibrated": facts})
     print(f"{output}: {len(layers)} layers measured on {len(cases)} scans")

@@ -13,7 +13,6 @@ from tools.bundle import Bundle
 from tools.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
 
@@ -55,7 +54,6 @@ def choose_scans(
 def patches_on_organs(
     bundle: Bundle,
     specialists: Sequence[nn.Module],
-    device: torch.device,
     cases: Sequence[dict[str, Any]],
     size: Sequence[int],
     patches: int,
@@ -65,8 +63,7 @@ def patches_on_organs(
 
     Args:
         bundle: of their preprocessing and sliding window.
-        specialists: networks on the device, in evaluation mode, with 1 + C outputs each.
-        device: on which they segment.
+        specialists: networks on one device, in evaluation mode, with 1 + C outputs each.
         cases: as ``choose_scans`` gives them.
         size: of the patches, voxels.
         patches: from each scan.
@@ -81,6 +78,7 @@ def patches_on_organs(
     with bundle.code():
         parser = bundle.parser(inferer_output="logits")
         preprocessing, inferer = (parser.get_parsed_content(key) for key in ("preprocessing", "inferer"))
+    device = next(specialists[0].parameters()).device
     crop = None
     for case in tqdm(cases, desc="scans", disable=None, leave=False):
         image = preprocessing({"image": case["image"]})["image"].as_tensor()

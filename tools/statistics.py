@@ -71,12 +71,7 @@ def statistics(
     specialist, task = Bundle(bundle), TaskVector(vector)
     if backbone_sha256(specialist.weights(), task.facts.structure) != task.facts.finetuned_sha256:
         raise UserError(f"{vector} (task {task.task}) is not the task vector of {bundle}")
-    with specialist.code():
-        parser = specialist.parser()
-        device = parser.get_parsed_content("device")
-        network = parser.get_parsed_content("network_def")
-    network.load_state_dict(specialist.state())
-    network.to(device).eval().requires_grad_(False)
+    network = specialist.network().requires_grad_(False)
     cases = choose_scans(images, specialist, part, split_file, scans, seed)
     size = [patch_size] * 3 if patch_size else specialist.resolved("patch_size")
     facts = {
@@ -89,7 +84,7 @@ def statistics(
     }
     with complete_output(statistics_file(vector, method), overwrite) as path:
         torch.manual_seed(seed)
-        crops = [patch for patch, _ in patches_on_organs(specialist, [network], device, cases, size, patches, seed)]
+        crops = [patch for patch, _ in patches_on_organs(specialist, [network], cases, size, patches, seed)]
         if method == "fisher":
             values, trace = fisher_information(network, list(task.tensors), crops)
             shapes = {name: tuple(array.shape) for name, array in values.items()}
@@ -126,6 +121,8 @@ def fisher_information(
     """
     import torch
 
+    from tools.bundle_code.inferers import full_size
+
     device = next(network.parameters()).device
     known = dict(network.named_parameters(remove_duplicate=False))
     parameters = {name: known[name] for name in names if name in known}
@@ -134,7 +131,7 @@ def fisher_information(
         parameter.requires_grad_(True)
     for patch in tqdm(patches, desc="Fisher information", disable=None, leave=False):
         with torch.autocast(device.type, torch.bfloat16):
-            output = network(patch[None].to(device))
+            output = full_size(network(patch[None].to(device)))
         output = (output[0] if isinstance(output, list | tuple) else output).float()
         margins = output[:, 1:] - output[:, :1]
         labels = torch.bernoulli(margins.detach().sigmoid())

@@ -75,6 +75,12 @@ def test_labels_are_monais_in_bfloat16_and_for_several_images(network):
     assert torch.equal(labels.long(), theirs.argmax(1, keepdim=True))
 
 
+def test_of_several_outputs_the_first_counts(network):
+    image = torch.rand(1, 1, 20, 16, 16)
+    inferer = SlidingWindow(16, precision="float32")
+    assert torch.equal(inferer(image, lambda x: [network(x), network(x)[..., ::2]]), inferer(image, network))
+
+
 def test_of_equal_logits_the_first_channel_wins():
     def steps(window):
         """Small whole numbers, so that sums and ties are exact."""
@@ -251,6 +257,6 @@ def test_what_cannot_be_is_refused():
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             SlidingWindow(16, **options)
-    for network, found in ((lambda x: x[..., ::2], "(1, 1, 8, 8, 4)"), (lambda x: [x], "list")):
+    for network, found in ((lambda x: x[..., ::2], "(1, 1, 8, 8, 4)"), (lambda x: {"out": x}, "dict")):
         with pytest.raises(ValueError, match=re.escape(f"one tensor of its window's size, got {found}")):
             SlidingWindow(8)(image(8, 8, 8), network)

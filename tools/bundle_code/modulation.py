@@ -11,6 +11,7 @@ import torch
 from monai.inferers import Inferer
 from torch import Tensor
 
+from .inferers import full_size
 from .sliding_window import SlidingWindow
 
 
@@ -60,7 +61,7 @@ class ModulatedInferer(Inferer):
                 mask = bits(content[f"mask/{name}"][task], unified.shape)
                 factor = content["scale"][task].item() * mask - content["shared"].item()
                 tensors[name].copy_(tensor + (unified * factor).to(tensor))
-            yield lambda window, *args, **kwargs: network(window, *args, **kwargs)[:, own]
+            yield lambda window, *args, **kwargs: full_size(network(window, *args, **kwargs))[:, own]
         finally:
             for name, tensor in shared.items():
                 tensors[name].copy_(tensor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,11 +37,16 @@ class MixedPrecisionInferer(Inferer):
         plain = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs
         return self.inferer(plain, forward, *args, **kwargs)
 
-    def forward(self, network: Callable[..., Any], window: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """One pass of the network, whose output keeps the precision that it was computed in."""
+    def forward(self, network: Callable[..., Any], window: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """One pass of the network, whose output at full size keeps the precision that it was computed in."""
         device = window.device.type
         half = self.precision == "bfloat16" and (device != "cuda" or torch.cuda.is_bf16_supported())
         if self.channels_last and window.ndim == 5:
             window = window.contiguous(memory_format=torch.channels_last_3d)
         with torch.autocast(device, dtype=torch.bfloat16, enabled=half):
-            return network(window, *args, **kwargs)
+            return full_size(network(window, *args, **kwargs))
+
+
+def full_size(output: Tensor | Sequence[Tensor]) -> Tensor:
+    """A network's output at the size of its input: the first of several, as networks with deep supervision return them."""
+    return output[0] if isinstance(output, list | tuple) else output
