@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from tests.conftest import ROOT, run
+from tests.conftest import ROOT, here, run
 from tools.bundle import Bundle
 from tools.errors import UserError
 from tools.heads import stacked_head
@@ -232,6 +232,28 @@ def test_the_plan_of_a_merge_without_the_merge(chain, tmp_path):
     assert "starting point" in rows["encoders.0"] and "scale" not in rows["encoders.0"]
     assert rows["encoders.1"].endswith("scale=0.4") and rows["decoders.0"].endswith("scale=0.1")
     assert os.listdir(tmp_path) == ["recipe.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"exclude": ["encodr"]}, "line 6: exclude: no tensor is called 'encodr', did you mean 'encoder'?"),
+        (
+            {"exclude": ["decoders.0.*", "encodrs.1.*"]},
+            "line 7: exclude: no tensor is called 'encodrs.1.*', did you mean 'encoders.1.*'?",
+        ),
+        ({"include": ["head"]}, "line 6: include: 'head' is the head, which is not merged: each task keeps its own"),
+        (
+            {"overrides": [{"tensors": "head.*", "parameters": {}}]},
+            "line 6: overrides: 'head.*' is the head",
+        ),
+    ],
+)
+def test_a_pattern_that_means_nothing_is_a_mistake(chain, tmp_path, entry, message):
+    recipe = {"pretrained": str(chain.pretrain), "vectors": [str(chain.vectors["liver"])], "method": "average", **entry}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    result = here("tools", "merge", "--recipe", tmp_path / "recipe.yaml", "--dry_run")
+    assert result.returncode == 1 and f"recipe.yaml, {message}" in result.stderr
 
 
 def test_merged_weights_in_half_precision(chain, tmp_path):

@@ -8,16 +8,17 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from fnmatch import fnmatchcase
 from itertools import groupby
 from math import prod
 from typing import Any
 
 import numpy as np
 
-from tools.errors import UserError
+from tools.errors import UserError, nearest
 from tools.merge_methods import METHODS, POSTPROCESSORS, SPARSIFIERS
 from tools.merge_methods.registry import per_task
-from tools.network import matches
+from tools.network import matches, part_of
 from tools.recipe import Recipe
 from tools.sparsified import SparsifiedVector
 from tools.task_statistics import TaskStatistics
@@ -49,6 +50,7 @@ class MergeEngine:
         self.start = start
         self.structure = vectors[0].facts.structure
         self.names = [name for name in start.entries if name in vectors[0].tensors]
+        self._check_patterns()
         self.vectors = vectors
         if recipe.sparsify:
             sparsifier, values = SPARSIFIERS[recipe.sparsify["method"]], recipe.sparsify.get("parameters") or {}
@@ -199,6 +201,24 @@ class MergeEngine:
         else:
             return iter([(measured.array(name)[0] for measured in self._statistics)])
         return ([array[group] for array in arrays] for group in range(groups))
+
+    def _check_patterns(self) -> None:
+        """A pattern that means no tensor is a mistake.
+
+        Raises:
+            UserError: names the entry of the recipe, and the most similar tensor.
+        """
+        places = [(("include", i), pattern) for i, pattern in enumerate(self.recipe.include)]
+        places += [(("exclude", i), pattern) for i, pattern in enumerate(self.recipe.exclude)]
+        places += [(("overrides", i, "tensors"), entry["tensors"]) for i, entry in enumerate(self.recipe.overrides)]
+        for place, pattern in places:
+            if any(matches(name, pattern) for name in self.names):
+                continue
+            entry = f"{self.recipe.where(place)}{place[0]}: "
+            if pattern == "head" or any(fnmatchcase(name, pattern) for name in self.structure.head):
+                raise UserError(f"{entry}{pattern!r} is the head, which is not merged: each task keeps its own")
+            known = ["encoder", "decoder", *dict.fromkeys(f"{part_of(name)}.*" for name in self.names), *self.names]
+            raise UserError(f"{entry}no tensor is called {pattern!r}{nearest(pattern, known)}")
 
     def _check_statistics(self) -> None:
         for measured in self._statistics:

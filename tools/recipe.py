@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -28,7 +28,8 @@ class Recipe:
         method: a merge method.
         parameters: of the method.
         overrides: other parameters for some tensors, ``{tensors: "decoders.*", parameters: {scale: 0.2}}``; of several that
-            match a tensor, the last one holds. Tensors are named by a pattern, or by "encoder" or "decoder".
+            match a tensor, the last one holds. Tensors are named by a pattern, or by "encoder" or "decoder". The head
+            is none of them: each task keeps its own.
         include: patterns of the tensors that are merged.
         exclude: patterns of tensors that stay those of the starting point.
         sparsify: a sparsifier in front of the method, ``{method: dare, parameters: {density: 0.5}}``, or its name.
@@ -52,6 +53,10 @@ class Recipe:
     modulate: bool = False
     dtype: str = ""
     heads: str = ""
+
+    where: ClassVar[Callable[[Place], str]] = staticmethod(
+        lambda place: ""
+    )  # of an entry, in front of a message about it
 
     def __post_init__(self) -> None:
         self.sparsify = _step(self.sparsify)
@@ -88,7 +93,9 @@ class Recipe:
         content["vectors"] = [os.path.normpath(folder / vector) for vector in content["vectors"]]
         if content.get("heads"):
             content["heads"] = os.path.normpath(folder / content["heads"])
-        return cls(**content)
+        recipe = cls(**content)
+        recipe.where = where
+        return recipe
 
     def relative_to(self, folder: Path) -> Recipe:
         """The same with paths as they are written in a recipe in this folder."""
