@@ -12,9 +12,10 @@ import termios
 import nibabel
 import numpy as np
 import pytest
+import torch
 
 from tests.conftest import ROOT, run
-from tools.bundle import read_json, write_json
+from tools.bundle import Bundle, read_json, write_json
 
 
 def infer(bundle, images, output, *extra, check=True):
@@ -173,13 +174,28 @@ def test_outputs_of_a_bundle_that_resamples_its_images(alone, ras, tmp_path):
     assert steps["smooth_labels"] < steps["labels"]
 
 
-def test_verify_net_in_out_and_export_of_a_merged_bundle(alone):
-    configs = ["--meta_file", "configs/metadata.json", "--config_file", "configs/inference.json"]
-    run("monai.bundle", "verify_net_in_out", "--net_id", "network_def", *configs, cwd=alone, PYTHONPATH="")
-    words = ["--net_id", "network_def", "--ckpt_file", "models/model.pt", "--filepath", "eval/model.ts"]
-    (alone / "eval").mkdir(exist_ok=True)
-    run("monai.bundle", "ckpt_export", *words, *configs, cwd=alone, PYTHONPATH="")
-    assert (alone / "eval" / "model.ts").is_file()
+def test_export_of_a_merged_bundle(alone, tmp_path):
+    import onnxruntime
+
+    words = [
+        "--net_id",
+        "network_def",
+        "--meta_file",
+        "configs/metadata.json",
+        "--config_file",
+        "configs/inference.json",
+    ]
+    run("monai.bundle", "verify_net_in_out", *words, cwd=alone, PYTHONPATH="")
+    words += ["--ckpt_file", "models/model.pt", "--input_shape", "[1, 1, 32, 32, 32]"]
+    for command, file in (("ckpt_export", "model.ts"), ("onnx_export", "model.onnx")):
+        run("monai.bundle", command, *words, "--filepath", tmp_path / file, cwd=alone, PYTHONPATH="")
+    image = torch.rand(1, 1, 32, 32, 32)
+    with torch.inference_mode():
+        expected = Bundle(alone).network().cpu()(image)
+        torch.testing.assert_close(torch.jit.load(tmp_path / "model.ts")(image), expected)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (logits,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
+    np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
 def test_real_files_of_other_formats(alone, real_data, tmp_path):
