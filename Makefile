@@ -2,13 +2,14 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-fast bench lint
+.PHONY: demo test test-fast bench lint dicom
 
 demo: .venv/ready  ## the whole chain in minutes; DATASET=<nnU-Net folder> for real images
 	$(BIN)/python -m tools demo $(if $(DATASET),--dataset_dir $(DATASET)) $(ARGS)
 
-test: .venv/ready  ## everything, as continuous integration runs it; without mergekit its comparison is skipped and says so
+test: .venv/ready  ## everything, as continuous integration runs it; what an environment below is missing for is skipped and says so
 	-test -f .venv-mergekit/ready || $(MAKE) .venv-mergekit/ready
+	-test -f .venv-deploy/ready || $(MAKE) .venv-deploy/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-fast: .venv/ready
@@ -16,6 +17,9 @@ test-fast: .venv/ready
 
 bench: .venv/ready .venv-mergekit/ready  ## speed, as ratios within one run; ARGS=merging for a part
 	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+dicom: .venv-deploy/ready  ## IMAGES=<folder of a DICOM CT study> BUNDLE=<merged bundle> OUTPUT=<folder>: a DICOM segmentation
+	ulimit -s 32768; .venv-deploy/bin/python apps/deploy/app.py --images "$(IMAGES)" --bundle "$(BUNDLE)" --output "$(OUTPUT)"
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -30,4 +34,9 @@ lint: .venv/ready
 .venv-mergekit/ready:  ## the peer that merging is compared with, in an environment of its own
 	test -x .venv-mergekit/bin/python || $(PYTHON) -m venv .venv-mergekit
 	.venv-mergekit/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 mergekit==0.1.5
+	touch $@
+
+.venv-deploy/ready: apps/deploy/requirements.txt  ## MONAI Deploy, which needs other versions than MONAI Label does
+	test -x .venv-deploy/bin/python || $(PYTHON) -m venv .venv-deploy
+	.venv-deploy/bin/python -m pip install --quiet --disable-pip-version-check -r apps/deploy/requirements.txt
 	touch $@
