@@ -15,7 +15,7 @@ test: .venv/ready  ## everything, as continuous integration runs it; what an env
 test-fast: .venv/ready
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
-bench: .venv/ready .venv-mergekit/ready  ## speed, as ratios within one run; ARGS=merging for a part
+bench: .venv/ready .venv-mergekit/ready .venv-nnunet/ready  ## speed, as ratios within one run; ARGS=merging for a part
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 
 dicom: .venv-deploy/ready  ## IMAGES=<folder of a DICOM CT study> BUNDLE=<merged bundle> OUTPUT=<folder>: a DICOM segmentation
@@ -39,4 +39,9 @@ lint: .venv/ready
 .venv-deploy/ready: apps/deploy/requirements.txt  ## MONAI Deploy, which needs other versions than MONAI Label does
 	test -x .venv-deploy/bin/python || $(PYTHON) -m venv .venv-deploy
 	.venv-deploy/bin/python -m pip install --quiet --disable-pip-version-check -r apps/deploy/requirements.txt
+	touch $@
+
+.venv-nnunet/ready:  ## the peer that inference is compared with
+	test -x .venv-nnunet/bin/python || $(PYTHON) -m venv .venv-nnunet
+	.venv-nnunet/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 monai==1.6.1 nnunetv2==2.8.1
 	touch $@

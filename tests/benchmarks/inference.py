@@ -1,10 +1,15 @@
-"""Sliding windows: seconds and resident memory above network and image, of MONAI's inferer and an argmax, and of ours."""
+"""Sliding windows: seconds and resident memory above network and image, of MONAI's inferer and an argmax, and of ours.
+
+Seconds too of nnU-Net's predictor, and of a specialist for each task instead of one merged network.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import re
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
@@ -19,15 +24,23 @@ from tools.bundle_code.residual_unet import PointwiseConv3d, ResidualUNet3D
 from tools.bundle_code.sliding_window import SlidingWindow
 
 GIB = 2**30
+ROOT = Path(__file__).parents[2]
+TASKS = 5
+IMAGE = (1, 1, 144, 144, 192)
 WINDOWS = {"roi_size": 96, "overlap": 0.5, "mode": "gaussian"}  # those of the bundles
 
 
 def monai(image: Tensor, network: nn.Module, at_a_time: int) -> Tensor:
     """MONAI's inferer and an argmax in its defaults, float32 and contiguous, with the windows of the bundles."""
+    return SlidingWindowInferer(sw_batch_size=at_a_time, **WINDOWS)(image, contiguous(network)).argmax(1, keepdim=True)
+
+
+def contiguous(network: nn.Module) -> nn.Module:
+    """The network without what makes its activations channels-last."""
     for module in network.modules():
         if isinstance(module, PointwiseConv3d):
             module.__class__ = nn.Conv3d
-    return SlidingWindowInferer(sw_batch_size=at_a_time, **WINDOWS)(image, network).argmax(1, keepdim=True)
+    return network
 
 
 def monai_in_bfloat16(image: Tensor, network: nn.Module, at_a_time: int) -> Tensor:
@@ -56,8 +69,31 @@ def smooth(image: Tensor, network: nn.Module, at_a_time: int) -> Tensor:
     )
 
 
-def unet() -> nn.Module:
-    return ResidualUNet3D(out_channels=16, width=16, dropout=0.0)
+def nnunets_windows(image: Tensor, network: nn.Module, at_a_time: int) -> Tensor:
+    """The inferer of the bundles with the windows of nnU-Net."""
+    network.to(memory_format=torch.channels_last_3d)
+    return SlidingWindow(sw_batch_size=at_a_time, **WINDOWS, windows="nnunet")(image, network)
+
+
+def specialists(image: Tensor, network: nn.Module, at_a_time: int) -> Tensor:
+    """The inferer of the bundles on a network for each task; returns the last one's labels."""
+    for _ in range(TASKS):
+        labels = ours(image, network, at_a_time)
+    return labels
+
+
+def unet(out_channels: int = 16) -> nn.Module:
+    return ResidualUNet3D(out_channels=out_channels, width=16, dropout=0.0)
+
+
+def one_task() -> nn.Module:
+    """A specialist of one organ."""
+    return unet(2)
+
+
+def all_tasks() -> nn.Module:
+    """The merged network of as many."""
+    return unet(1 + TASKS)
 
 
 def one_layer() -> nn.Module:
@@ -70,7 +106,9 @@ def compare_inference() -> None:
     print(
         f"{torch.get_num_threads()} threads; seconds, ratio, memory above network and image, labels unlike the first's"
     )
-    compare("16 classes, width 16", unet, (1, 1, 144, 144, 192), [monai, monai_in_bfloat16, ours, smooth])
+    compare("16 classes, width 16", unet, IMAGE, [monai, monai_in_bfloat16, ours, smooth])
+    compare_with_nnunet()
+    compare_with_specialists()
     compare("105 classes, one layer", one_layer, (1, 1, 150, 150, 150), [monai, monai_in_bfloat16, ours])
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     if free < 30 * GIB:
@@ -85,19 +123,60 @@ def compare(
     print(f"\n{name}, image of {' × '.join(map(str, size[2:]))}, {at_a_time} windows at a time")
     first: tuple[float, Tensor] | None = None
     for way in ways:
-        context = multiprocessing.get_context("spawn")
-        mine, other = context.Pipe()
-        process = context.Process(target=_measure, args=(other, make, size, way, at_a_time), daemon=True)
-        process.start()
-        seconds, memory, labels = mine.recv()
-        process.join()
-        labels = torch.frombuffer(labels, dtype=torch.uint8)
+        seconds, memory, labels = measure(make, size, way, at_a_time)
         first = first or (seconds, labels)
         unlike = "" if labels.shape != first[1].shape else f"{(labels != first[1]).sum().item():>10} voxels"
         print(
             f"{way.__name__:<20} {seconds:8.2f} s {first[0] / seconds:6.2f} x {memory / GIB:8.2f} GiB {unlike}",
             flush=True,
         )
+
+
+def compare_with_nnunet() -> None:
+    """nnU-Net's predictor, in its own environment, and the bundles' inferer with the same windows."""
+    python = ROOT / ".venv-nnunet" / "bin" / "python"
+    print(f"\n16 classes, width 16, image of {' × '.join(map(str, IMAGE[2:]))}, windows of nnU-Net, no mirroring")
+    if not python.exists():
+        print("left out: nnU-Net is not installed (make .venv-nnunet/ready)")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "labels"
+        words = [python, "-m", "tests.benchmarks.nnunet_predictor", file]
+        done = subprocess.run(words, cwd=ROOT, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        theirs, expected = (
+            float(done.stdout.split()[-1]),
+            torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8),
+        )
+    print(f"{'nnU-Net':<20} {theirs:8.2f} s")
+    for at_a_time in (1, 4):
+        seconds, memory, labels = measure(unet, IMAGE, nnunets_windows, at_a_time)
+        unlike = (labels != expected).sum().item()
+        figures = f"{seconds:8.2f} s {theirs / seconds:6.2f} x {memory / GIB:8.2f} GiB {unlike:>10} voxels"
+        print(f"ours, {at_a_time} at a time     {figures}", flush=True)
+
+
+def compare_with_specialists() -> None:
+    """One merged network against a network for each task."""
+    print(f"\n{TASKS} tasks, image of {' × '.join(map(str, IMAGE[2:]))}: a specialist for each, and one merged network")
+    apart, _, _ = measure(one_task, IMAGE, specialists, 4)
+    merged, _, _ = measure(all_tasks, IMAGE, ours, 4)
+    print(
+        f"{apart:8.2f} s {merged:8.2f} s: {apart / merged:.2f} x, {apart / merged / TASKS:.2f} x for each task",
+        flush=True,
+    )
+
+
+def measure(
+    make: Callable[[], nn.Module], size: Sequence[int], way: Callable, at_a_time: int
+) -> tuple[float, int, Tensor]:
+    """Seconds, bytes above network and image, and flat labels of one pass in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    mine, other = context.Pipe()
+    process = context.Process(target=_measure, args=(other, make, size, way, at_a_time), daemon=True)
+    process.start()
+    seconds, memory, labels = mine.recv()
+    process.join()
+    return seconds, memory, torch.frombuffer(labels, dtype=torch.uint8)
 
 
 def _measure(
