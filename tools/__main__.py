@@ -21,6 +21,7 @@ COMMANDS = {
     "edit": "add, remove or re-weight tasks of a merged bundle",
     "inspect": "what a bundle or a task vector is: lineage, labels, sizes, norms, conflicts",
     "evaluate": "Dice per case and class on a labelled dataset, and pictures",
+    "card": "put measured results into a bundle's model card",
     "compare": "a table of every merge method on the same task vectors",
     "pack": "a bundle as a zip that MONAI downloads, byte for byte the same whoever packs it",
     "verify": "check a bundle or its zip completely, offline and without running it",

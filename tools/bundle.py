@@ -59,6 +59,12 @@ class Bundle:
         return self.metadata["network_data_format"]["inputs"]["image"]["num_channels"]
 
     @property
+    def data(self) -> dict[str, str]:
+        """What it was trained on, as ``data_facts`` describes it; empty where that was not recorded."""
+        data = self.metadata.get("lineage", {}).get("data")
+        return {str(name): str(value) for name, value in data.items()} if isinstance(data, dict) else {}
+
+    @property
     def model_file(self) -> Path:
         return self.path / "models" / "model.pt"
 

@@ -55,6 +55,7 @@ def diff(pretrained: str, finetuned: str, output: str, task: str = "", overwrite
         structure=structure,
         pretrained_name=start.name,
         tool_version=__version__,
+        data=specialist.data,
     )
     backbone = {n: e for n, e in before.entries.items() if n not in structure.head and n not in structure.aliases}
     floating = [name for name, entry in backbone.items() if entry.is_floating]

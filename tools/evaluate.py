@@ -13,7 +13,9 @@ import numpy as np
 
 from tools.bundle import Bundle
 from tools.errors import UserError
+from tools.instantiate import data_facts
 from tools.labels import check_channels, parse_channels, parse_sources
+from tools.lineage import file_sha256
 from tools.output import complete_output
 
 
@@ -49,7 +51,7 @@ def evaluate(
     overlays: bool = True,
     overwrite: bool = False,
 ) -> None:
-    """Run bundles on labelled cases and write dice.csv, summary.json, the label maps and one picture per case.
+    """Run bundles on labelled cases and write dice.csv, summary.json, evaluation.json, label maps and one picture per case.
 
     Classes are matched by the label names that a bundle was trained on, so a specialist is scored on its own organ and a
     merged model on all of its own. A class that the dataset does not have is left out, and said so.
@@ -84,6 +86,9 @@ def evaluate(
             writer.writerows(asdict(score) for score in scores)
         summary = summarise(scores)
         (folder / "summary.json").write_text(json.dumps(summary, indent=2))
+        facts = {"dataset": data_facts(dataset_dir)["dataset"], "part": f"{len(cases)} cases ({part})"}
+        facts["weights"] = {b.name: file_sha256(b.model_file) for b in bundles}
+        (folder / "evaluation.json").write_text(json.dumps(facts, indent=2))
         if overlays:
             for name, case in cases.items():
                 _draw(folder, bundles, name, case, dataset_dir, renamed)

@@ -17,9 +17,14 @@ LEFT_OUT = ("models", "checkpoints", "eval", "__pycache__", "splits_final.json")
 CONFIGS_WITH_NETWORK = ("train.json", "inference.json")
 
 
-def dataset_name(dataset_dir: str | Path) -> str:
-    """What an nnU-Net dataset calls itself, or else its folder's name."""
-    return read_json(Path(dataset_dir) / "dataset.json").get("name") or Path(dataset_dir).resolve().name
+def data_facts(dataset_dir: str | Path) -> dict[str, str]:
+    """What an nnU-Net dataset says of itself: its name (or else its folder's) as "dataset", "licence" and "reference"."""
+    said = read_json(Path(dataset_dir) / "dataset.json")
+    facts = {"dataset": said.get("name") or Path(dataset_dir).resolve().name}
+    facts |= {
+        name: said.get(name) or said.get(other) for name, other in (("licence", "license"), ("reference", "reference"))
+    }
+    return {name: str(value) for name, value in facts.items() if value}
 
 
 def copy_template(template: Path, output: Path) -> None:

@@ -16,6 +16,7 @@ import yaml
 
 from tools import __version__
 from tools.bundle import Bundle
+from tools.card import write_card
 from tools.errors import UserError, nearest
 from tools.heads import stacked_heads
 from tools.instantiate import (
@@ -144,8 +145,16 @@ def merge_recipe(
             "parameters": {**METHODS[recipe.method].defaults, **recipe.parameters},
             "pretrained": start.name,
             "pretrained_sha256": sha256,
+            "pretrained_data": start.data,
             "vectors": [
-                {"task": v.task, "file": Path(p).name, "sha256": v.sha256, "labels": v.facts.labels, **measured}
+                {
+                    "task": v.task,
+                    "file": Path(p).name,
+                    "sha256": v.sha256,
+                    "labels": v.facts.labels,
+                    "data": v.facts.data,
+                    **measured,
+                }
                 for p, v, measured in zip(recipe.vectors, vectors, engine.measured(), strict=True)
             ],
             "structure": structure.as_dict(),
@@ -164,7 +173,7 @@ def merge_recipe(
             recipe = replace(recipe, heads=str(Path(output) / "docs" / HEADS_FILE))
         portable = recipe.relative_to(Path(output) / "docs")
         (folder / "docs" / "recipe.yaml").write_text(yaml.safe_dump(portable.as_dict(), sort_keys=False))
-        _write_card(folder, lineage, label_map)
+        write_card(folder, lineage, label_map)
     if not quiet:
         print(f"{output}: {len(vectors)} task vectors merged by {recipe.method}, labels {', '.join(label_map)}")
 
@@ -293,21 +302,6 @@ def _stack_labels(paths: Sequence[str], vectors: Sequence[TaskVector]) -> dict[s
             owner[label.lower()] = path
             label_map[label] = vector.facts.label_map.get(label, [label])
     return label_map
-
-
-def _write_card(folder: Path, lineage: Mapping[str, Any], label_map: Mapping[str, object]) -> None:
-    parameters = ", ".join(f"{name} = {value}" for name, value in lineage["parameters"].items()) or "none"
-    rows = "\n".join(f"| {v['task']} | {', '.join(v['labels'])} | `{v['sha256'][:16]}…` |" for v in lineage["vectors"])
-    channels = "\n".join(f"{i}. {label}" for i, label in enumerate(label_map, start=1))
-    (folder / "docs" / "README.md").write_text(
-        f"# Merged model\n\nMerged by **{lineage['method']}** (parameters: {parameters}) onto the starting point "
-        f"**{lineage['pretrained']}** (`{lineage['pretrained_sha256'][:16]}…`).\n\n"
-        f"| task vector | labels | SHA-256 |\n|---|---|---|\n{rows}\n\n"
-        f"Labels in the output (0 is background):\n\n{channels}\n\n"
-        "Segment a folder of images:\n\n```bash\npython -m monai.bundle run --config_file configs/inference.json "
-        "--bundle_root . --dataset_dir <images> --output_dir <label maps>\n```\n\n"
-        "The recipe is in `recipe.yaml`, the full lineage in `configs/metadata.json`. Research use; not for diagnosis.\n"
-    )
 
 
 def split_paths(words: Any) -> list[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from tools.bundle import Bundle, read_json
+from tools.card import described
 from tools.errors import UserError
-from tools.instantiate import copy_template, dataset_name, introduce, set_labels, set_values, update_metadata
+from tools.instantiate import copy_template, data_facts, introduce, set_labels, set_values, update_metadata
 from tools.labels import check_channels, parse_channels, resolve
 from tools.output import complete_output
 
@@ -51,15 +52,17 @@ def new_pretraining(
         apply_overlays(folder, overlay)
         if patch_size:
             set_values(folder, {"patch_size": [patch_size] * 3})
-        dataset = dataset_name(dataset_dir)
+        data = data_facts(dataset_dir)
+        dataset = data["dataset"]
         update_metadata(
             folder,
             name=f"{dataset} pre-training",
             task=f"Supervised pre-training on {', '.join(label_map)}, as the starting point of task vectors",
             description=f"A starting point for model merging, {source.name} trained on {dataset}.",
             data_source=f"nnU-Net dataset {dataset}; not distributed with the bundle",
+            lineage={"data": data},
         )
-        introduce(folder, f"Starting point: {dataset}", {"dataset": dataset, "labels": ", ".join(label_map)})
+        introduce(folder, f"Starting point: {dataset}", {"dataset": described(data), "labels": ", ".join(label_map)})
     print(f"{output}: {len(label_map)} labels ({', '.join(label_map)})")
 
 

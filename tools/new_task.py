@@ -6,10 +6,11 @@ import shutil
 from pathlib import Path
 
 from tools.bundle import Bundle
+from tools.card import described
 from tools.errors import UserError
 from tools.instantiate import (
     copy_template,
-    dataset_name,
+    data_facts,
     introduce,
     set_labels,
     set_starting_point,
@@ -79,7 +80,8 @@ def new_task(
         apply_overlays(folder, overlay)
         (folder / "models" / "pretrained").mkdir()
         shutil.copyfile(start.model_file, folder / "models" / "pretrained" / "model.pt")
-        dataset = dataset_name(dataset_dir)
+        data = data_facts(dataset_dir)
+        dataset = data["dataset"]
         update_metadata(
             folder,
             name=f"{task}, fine-tuned from {start.name}",
@@ -91,8 +93,14 @@ def new_task(
                 "pretrained": start.name,
                 "pretrained_sha256": backbone_sha256(weights, structure),
                 "structure": structure.as_dict(),
+                "data": data,
+                "pretrained_data": start.data,
             },
         )
-        facts = {"starting point": start.name, "dataset": dataset, "labels": ", ".join(label_map)}
+        facts = {
+            "starting point": f"{start.name}, trained on {described(start.data)}",
+            "dataset": described(data),
+            "labels": ", ".join(label_map),
+        }
         introduce(folder, f"Specialist: {task}", facts)
     print(f"{output}: task {task} ({', '.join(label_map)}) from {start.name}")

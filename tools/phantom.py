@@ -100,6 +100,8 @@ def phantom(
         description = {
             "name": f"Phantom torso CT, {population}",
             "description": "Simulated by this project; not patients.",
+            "reference": "simulated by python -m tools phantom",
+            "licence": "Apache-2.0",
             "channel_names": {"0": "CT"},
             "labels": {"background": 0, **{organ: i for i, organ in enumerate(ORGANS, start=1)}},
             "numTraining": cases,

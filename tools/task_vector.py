@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ class Facts:
         structure: what its tensors are.
         pretrained_name: what the starting point was called; for people.
         tool_version: of the tools that wrote it.
+        data: what it was fine-tuned on: "dataset", "licence" and "reference", as far as known; for people.
     """
 
     task: str
@@ -53,6 +54,7 @@ class Facts:
     structure: Structure
     pretrained_name: str = ""
     tool_version: str = ""
+    data: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,8 @@ class TaskVector:
             whole = content.pop("checksums")
             content["structure"] = Structure(**content["structure"])
             self.facts = Facts(**content)
+            if not all(isinstance(word, str) for entry in self.facts.data.items() for word in entry):
+                raise ValueError("data must be text")
             self.tensors = {name: self._tensor(name, **entry) for name, entry in tensors.items()}
             self.head = self._whole("head", self.facts.structure.head, whole)
             self.buffers = self._whole(

@@ -1,0 +1,108 @@
+"""``card``: a bundle's model card, docs/README.md: what it was trained on, how it was made, what it was measured to do."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tools.bundle import Bundle, read_json
+from tools.errors import UserError
+from tools.instantiate import update_metadata
+from tools.lineage import file_sha256
+
+MEASURED = "## Measured results\n"
+
+
+def card(bundle: str, results: str) -> None:
+    """Put the results of ``evaluate`` into a bundle's model card, docs/README.md, and into eval_metrics of its metadata.
+
+    Args:
+        bundle: that was evaluated; results that it already has are replaced.
+        results: the output of evaluate.
+
+    Raises:
+        UserError: the results are not there, or are of another bundle or of other weights.
+    """
+    subject, folder = Bundle(bundle), Path(results)
+    if not (folder / "evaluation.json").is_file() or not (folder / "dice.csv").is_file():
+        raise UserError(f"{results} is no output of evaluate: it has no evaluation.json and dice.csv")
+    evaluation = read_json(folder / "evaluation.json")
+    names = [name for name, sha256 in evaluation["weights"].items() if sha256 == file_sha256(subject.model_file)]
+    if not names:
+        raise UserError(f"{results} has no results of {subject.model_file}: evaluate the bundle as it is now")
+    with (folder / "dice.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["bundle"] == names[0] and row["dice"] != "nan"]
+    dice: dict[str, list[float]] = {}
+    for row in rows:
+        dice.setdefault(row["label"], []).append(float(row["dice"]))
+    means = {label: round(float(np.mean(values)), 4) for label, values in dice.items()}
+    where = f"{evaluation['dataset']}, {evaluation['part']}"
+    update_metadata(
+        subject.path,
+        eval_metrics={"mean_dice": round(float(np.mean([*means.values()])), 4), "dice": means, "measured_on": where},
+    )
+    path = subject.path / "docs" / "README.md"
+    path.write_text(_with_results(path.read_text() if path.is_file() else f"# {subject.name}\n", where, dice))
+    print(f"{path}: Dice of {len(dice)} labels on {where}")
+
+
+def write_card(folder: Path, lineage: Mapping[str, Any], label_map: Mapping[str, object]) -> None:
+    """The card of a merged bundle.
+
+    Args:
+        folder: the bundle.
+        lineage: as in its metadata.
+        label_map: its output channels.
+    """
+    parameters = ", ".join(f"{name} = {value}" for name, value in lineage["parameters"].items()) or "none"
+    rows = "\n".join(
+        f"| {v['task']} | {', '.join(v['labels'])} | {described(v.get('data', {}))} | `{v['sha256'][:16]}…` |"
+        for v in lineage["vectors"]
+    )
+    channels = "\n".join(f"{i}. {label}" for i, label in enumerate(label_map, start=1))
+    start = described(lineage.get("pretrained_data", {}))
+    (folder / "docs" / "README.md").write_text(
+        f"# Merged model\n\nMerged by **{lineage['method']}** (parameters: {parameters}) onto the starting point "
+        f"**{lineage['pretrained']}** (`{lineage['pretrained_sha256'][:16]}…`), trained on {start}.\n\n"
+        f"| task vector | labels | fine-tuned on | SHA-256 |\n|---|---|---|---|\n{rows}\n\n"
+        f"Labels in the output (0 is background):\n\n{channels}\n\n"
+        "Segment a folder of images:\n\n```bash\npython -m monai.bundle run --config_file configs/inference.json "
+        "--bundle_root . --dataset_dir <images> --output_dir <label maps>\n```\n\n"
+        "The recipe is in `recipe.yaml`, the full lineage in `configs/metadata.json`.\n\n"
+        "## Limits\nResearch use; not for diagnosis. It was trained on the data above and on nothing else: on other scanners, "
+        "protocols, ages and diseases it may fail without a sign. Its terms of use are those of all data and weights that "
+        "it was made from; look at the licences above before commercial use.\n"
+    )
+
+
+def described(data: Mapping[str, str]) -> str:
+    """A dataset as a card names it: with its licence and source, as far as they were recorded."""
+    if not data:
+        return "data that was not recorded"
+    parts = [f"licence {data['licence']}" if data.get("licence") else "no licence stated", data.get("reference", "")]
+    return f"{data.get('dataset', 'a dataset without a name')} ({'; '.join(part for part in parts if part)})"
+
+
+def _with_results(text: str, where: str, dice: Mapping[str, list[float]]) -> str:
+    """A card with this table of results; it takes the place of an older one, else stands before the limits or at the end."""
+    rows = "\n".join(
+        f"| {label} | {np.mean(v):.3f} | {min(v):.3f} | {max(v):.3f} | {len(v)} |" for label, v in dice.items()
+    )
+    mean = np.mean([np.mean(values) for values in dice.values()])
+    section = (
+        f"{MEASURED}Dice on {where}, by `python -m tools evaluate`; mean over labels {mean:.3f}.\n\n"
+        f"| label | mean | lowest | highest | cases |\n|---|---|---|---|---|\n{rows}\n\n"
+    )
+    if MEASURED in text:
+        return re.sub(
+            rf"{MEASURED}.*?(?=^## |^---|\Z)", lambda _: section, text, count=1, flags=re.DOTALL | re.MULTILINE
+        )
+    place = re.search(r"^(## Limits|---)$", text, re.MULTILINE)
+    position = place.start() if place else len(text)
+    gap = "" if text[:position].endswith("\n\n") else "\n"
+    return text[:position] + gap + section + text[position:]
