@@ -158,7 +158,7 @@ def segment(
         parser["postprocessing"] = {
             "_target_": "Compose",
             "transforms": [
-                t for t in bundle.inference["postprocessing"]["transforms"] if not t["_target_"].endswith("SaveImaged")
+                t for t in bundle.inference["postprocessing"]["transforms"] if "SaveImage" not in t["_target_"]
             ],
         }
         network = parser.get_parsed_content("network_def")
