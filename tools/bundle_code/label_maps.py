@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 from collections.abc import Collection, Hashable, Mapping, Sequence
@@ -16,8 +15,6 @@ from monai.data import FolderLayoutBase
 from monai.transforms import SaveImaged
 
 from .images import FILE_ENDINGS
-
-logger = logging.getLogger(__name__)
 
 
 class LabelMaps(FolderLayoutBase):
@@ -68,6 +65,11 @@ def first_file(item: Mapping[str, Any]) -> str:
     return files if isinstance(files, str) else files[0]
 
 
+def unfinished_folder(path: Path) -> Path:
+    """The hidden folder in which a label map is written before it is moved to its place."""
+    return path.with_name(f".{path.name}.unfinished")
+
+
 class SaveImageOrNothingd(SaveImaged):
     """MONAI's ``SaveImaged``, whose file is there when it is complete, and not before.
 
@@ -86,6 +88,8 @@ class SaveImageOrNothingd(SaveImaged):
         super().__init__(
             keys, folder_layout=folder_layout, output_ext=folder_layout.extension, print_log=False, **kwargs
         )
+        # MONAI goes on with the next writer where one fails; ITK's, after nibabel's, says nothing when a disk is full
+        self.saver.writers = self.saver.writers[:1]
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         for key in self.key_iterator(data):
@@ -95,13 +99,12 @@ class SaveImageOrNothingd(SaveImaged):
         return dict(data)
 
     def _save(self, image: Any, path: Path) -> None:
-        unfinished = path.with_name(f".{path.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+        unfinished = unfinished_folder(path)
         try:
-            unfinished.mkdir(parents=True)
+            unfinished.mkdir(parents=True, exist_ok=True)
             try:
                 self.saver(image, filename=str(unfinished / path.name).removesuffix(self.saver.output_ext))
-            except RuntimeError as error:  # MONAI's message holds the tracebacks of all writers that it tried
+            except RuntimeError as error:  # MONAI's message holds the traceback
                 raise OSError(f"{path} cannot be written ({str(error).strip().splitlines()[-1]})") from None
             for file in sorted(unfinished.iterdir(), key=lambda file: file.name == path.name):  # .mhd after its .raw
                 file.replace(path.with_name(file.name))
@@ -156,6 +159,8 @@ class Record:
         same = not self._differing(recorded)
         for path in (own if same else images) if overwrite else ():
             path.unlink(missing_ok=True)
+        for path in own:  # what a run that was killed left
+            shutil.rmtree(unfinished_folder(path), ignore_errors=True)
         made_from = {path.name: os.path.abspath(first_file(item)) for path, item in images.items()}
         content = {**self.made_by, "images": {**(recorded["images"] if same else {}), **made_from}}
         self.path.parent.mkdir(parents=True, exist_ok=True)
