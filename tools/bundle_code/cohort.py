@@ -12,9 +12,11 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from ignite.engine import Engine, Events
 from monai.config import PathLike
 from monai.data import DataLoader, Dataset
@@ -172,7 +174,8 @@ class CohortEvaluator(SupervisedEvaluator):
                 csv.writer(table).writerows([("image", "reason"), *self.failures.items()])
 
     def _summarise(self, count: int) -> None:
-        print(f"{self.segmented} of {count} images segmented: label maps in {self.label_maps.folder}")
+        print(f"{self.segmented} of {count} images segmented: label maps in {self.label_maps.folder}", flush=True)
+        _wait_for_torchrun()
         if self.failures:
             names = ", ".join(Path(file).name for file in self.failures)
             raise SystemExit(f"{len(self.failures)} of {count} images failed ({names}); why is in {self.failed_csv}")
@@ -212,6 +215,15 @@ def share() -> tuple[int, int]:
             f"RANK is {rank!r} and WORLD_SIZE {processes!r}: processes are numbered from 0 to WORLD_SIZE - 1"
         )
     return int(rank), int(processes)
+
+
+def _wait_for_torchrun() -> None:
+    """Under torchrun, wait until all processes are through: it stops the others when one ends with an exit code."""
+    if dist.is_torchelastic_launched():
+        store, _, processes = next(dist.rendezvous("env://"))
+        if store.add("processes that are through", 1) == processes:
+            store.set("all are through", "")
+        store.wait(["all are through"], timedelta(days=365))
 
 
 def reason(error: BaseException) -> str:
