@@ -60,11 +60,10 @@ class CohortEvaluator(SupervisedEvaluator):
 
     With a ``ThreadDataLoader`` that buffers one image at most four are in memory: one that is loaded, one that waits, one in the
     network, one that is saved. What goes wrong with an image is said in a line, and the next one follows. Images whose label maps
-    are there are left out.
-    Several processes share the images, by RANK and WORLD_SIZE in their environment; they need not know of each other.
+    are there are left out. Several processes share the images, by RANK and WORLD_SIZE in their environment.
 
     Args:
-        val_data_loader: over a ``CohortDataset``.
+        val_data_loader: over a ``CohortDataset``, an image at a time.
         label_maps: where postprocessing saves them. ``label_maps.json`` there records what made them, ``failed.csv`` what failed.
         models: files of weights.
         config: the bundle's inference.json, whose network and transforms are recorded.
@@ -94,6 +93,7 @@ class CohortEvaluator(SupervisedEvaluator):
         self.saving: Future | None = None
         self.segmented = 0
         self.failures: dict[str, str] = {}
+        self.failed_csv = label_maps.folder / "failed.csv"
         self.lock = threading.Lock()
         super().__init__(val_data_loader=val_data_loader, **kwargs)
 
@@ -110,7 +110,7 @@ class CohortEvaluator(SupervisedEvaluator):
             record = Record(self.label_maps.folder, self.models, {**self.settings, **self._sections()})
             if not self.overwrite:
                 record.check(images)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise SystemExit(str(error)) from None
         own = dict(list(images.items())[rank::processes])
         todo = [item for path, item in own.items() if self.overwrite or not path.is_file()]
@@ -123,11 +123,17 @@ class CohortEvaluator(SupervisedEvaluator):
         self.data_loader.dataset.data = todo
         self.state.epoch_length = len(todo)
         if todo:
-            self._run(global_epoch, lambda _: record.begin(images, own, self.overwrite))
+            self._run(global_epoch, lambda: record.begin(images, own, self.overwrite))
         self._summarise(len(todo))
 
-    def _run(self, global_epoch: int, begin: Callable[[Engine], None]) -> None:
-        began = self.add_event_handler(Events.STARTED, begin)  # after the handler that loads the weights
+    def _run(self, global_epoch: int, begin: Callable[[], None]) -> None:
+        def begin_or_say_why_not() -> None:
+            try:
+                begin()
+            except OSError as error:
+                raise SystemExit(f"label maps cannot be written to {self.label_maps.folder}: {error}") from None
+
+        began = self.add_event_handler(Events.STARTED, begin_or_say_why_not)  # after the handler that loads the weights
         try:
             with _signals_as_interrupts(), ThreadPoolExecutor(1, "saver") as self.saver:
                 super().run(global_epoch)
