@@ -105,7 +105,7 @@ def test_a_modulated_bundle_runs_alone(chain, tmp_path):
     words += ["--bundle_root", tmp_path / "alone/copy", "--dataset_dir", image]
     for switch in (True, False):
         run(*words, "--output_dir", tmp_path / str(switch), "--modulated", switch, PYTHONPATH="")
-    maps = [next((tmp_path / str(switch)).iterdir()) for switch in (True, False)]
+    maps = [next((tmp_path / str(switch)).glob("*.nii.gz")) for switch in (True, False)]
     both = [np.asarray(nibabel.load(path).dataobj) for path in maps]
     assert both[0].shape == both[1].shape == nibabel.load(image).shape
     assert set(np.unique(both[0])) <= {0, 1, 2}

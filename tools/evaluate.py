@@ -164,7 +164,7 @@ def segment(
         parser["postprocessing"] = {
             "_target_": "Compose",
             "transforms": [
-                t for t in bundle.inference["postprocessing"]["transforms"] if not t["_target_"].endswith("SaveImaged")
+                t for t in bundle.inference["postprocessing"]["transforms"] if "SaveImage" not in t["_target_"]
             ],
         }
         inferer = parser.get_parsed_content("inferer")

@@ -47,6 +47,9 @@ def set_labels(output: Path, label_map: Mapping[str, list[int | str]]) -> None:
             config["labels"] = dict(label_map)
         elif "network_def" in config:
             config["network_def"][output_argument(config["network_def"])] = count
+        for transform in config.get("postprocessing", {}).get("transforms", []):
+            if "output_dtype" in transform:
+                transform["output_dtype"] = "$np.uint8" if count <= 256 else "$np.uint16"
         write_json(path, config)
     path = output / "configs" / "metadata.json"
     metadata = read_json(path)
@@ -142,6 +145,9 @@ def set_modulated(output: Path) -> None:
         "modulators": "$@bundle_root + '/models/modulators.pt'",
         "enabled": "@modulated",
     }
+    evaluator = config["evaluator"]
+    evaluator["models"].append(inferer["modulators"])
+    evaluator["settings"]["modulated"] = "@modulated"
     root = config.pop("bundle_root")
     write_json(
         path, {"imports": config.pop("imports"), "bundle_root": root, "modulated": True, **config, "inferer": inferer}

@@ -1,4 +1,6 @@
-"""``make bench``: speed, as ratios within one run. Without a word all of it, or what is named: training, inference, merging.
+"""``make bench``: speed, as ratios within one run.
+
+Without a word all of it, or what is named: training, inference, cohort, merging.
 
 ``ARGS="large <folder>"`` measures the memory of a merge of 1.48 billion parameters, for which the folder must have 60 GB.
 """
@@ -6,7 +8,7 @@
 import sys
 
 if __name__ == "__main__":
-    wanted = sys.argv[1:] or ["training", "inference", "merging"]
+    wanted = sys.argv[1:] or ["training", "inference", "cohort", "merging"]
     if "training" in wanted:
         import torch
 
@@ -18,6 +20,10 @@ if __name__ == "__main__":
         from tests.benchmarks.inference import compare_inference
 
         compare_inference()
+    if "cohort" in wanted:
+        from tests.benchmarks.cohort import compare_cohorts
+
+        compare_cohorts()
     if "merging" in wanted:
         from tests.benchmarks.merging import compare_merging
 

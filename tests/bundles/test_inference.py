@@ -206,7 +206,7 @@ def test_real_files_of_other_formats(alone, real_data, tmp_path):
         infer(alone, real_data / "readers" / folder, tmp_path / folder)
     dicom = nibabel.load(next((tmp_path / "dicom_ct_3slice").glob("*.nii.gz")))
     assert dicom.shape == (512, 512, 3)
-    assert len(list((tmp_path / "dicom_ct_3slice").iterdir())) == 1
+    assert len(list((tmp_path / "dicom_ct_3slice").glob("*.nii.gz"))) == 1
     source = itk.imread(str(next((real_data / "readers" / "mha_ct_lung").iterdir())))
     assert nibabel.load(next((tmp_path / "mha_ct_lung").glob("*.nii.gz"))).shape == tuple(itk.size(source))
     infer(alone, real_data / "readers" / "nrrd_mr_breast" / "breast1_image.nrrd", tmp_path / "nrrd")

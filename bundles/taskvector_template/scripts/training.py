@@ -193,7 +193,8 @@ class Progress:
     """A progress bar on a terminal, in the first process only: per epoch with the current loss, or over the images."""
 
     def attach(self, engine: Engine) -> None:
-        if not sys.stderr.isatty() or (dist.is_initialized() and dist.get_rank() > 0):
+        rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK") or 0)
+        if not sys.stderr.isatty() or rank > 0:
             return
         bar = ProgressBar(persist=isinstance(engine, Evaluator))
         bar.attach(engine, output_transform=None if isinstance(engine, Evaluator) else _loss)
