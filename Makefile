@@ -1,14 +1,21 @@
 # Every target sets up .venv from requirements.txt when it is missing or older than the pins.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+SERVE = apps/monailabel/serve.py --studies "$(STUDIES)" --bundles "$(BUNDLE)" --port $(or $(PORT),8000)
 
-.PHONY: demo test test-fast bench lint
+.PHONY: demo serve test test-fast bench lint
 
 demo: .venv/ready  ## the whole chain in minutes; DATASET=<nnU-Net folder> for real images
 	$(BIN)/python -m tools demo $(if $(DATASET),--dataset_dir $(DATASET)) $(ARGS)
 
-test: .venv/ready  ## everything, as continuous integration runs it; without mergekit its comparison is skipped and says so
+serve:  ## MONAI Label on this computer: STUDIES=<folder of images, or DICOMweb URL> BUNDLE=<bundle, or folder of bundles> PORT=8000
+	@$(PYTHON) $(SERVE) --check
+	@$(MAKE) --no-print-directory .venv-monailabel/ready
+	@.venv-monailabel/bin/python $(SERVE) $(ARGS)
+
+test: .venv/ready  ## everything, as continuous integration runs it; without mergekit or MONAI Label their tests are skipped and say so
 	-test -f .venv-mergekit/ready || $(MAKE) .venv-mergekit/ready
+	-$(MAKE) .venv-monailabel/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-fast: .venv/ready
@@ -30,4 +37,9 @@ lint: .venv/ready
 .venv-mergekit/ready:  ## the peer that merging is compared with, in an environment of its own
 	test -x .venv-mergekit/bin/python || $(PYTHON) -m venv .venv-mergekit
 	.venv-mergekit/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 mergekit==0.1.5
+	touch $@
+
+.venv-monailabel/ready: apps/monailabel/requirements.txt  ## the server, in an environment of its own
+	test -x .venv-monailabel/bin/python || $(PYTHON) -m venv .venv-monailabel
+	.venv-monailabel/bin/python -m pip install --quiet --disable-pip-version-check -r apps/monailabel/requirements.txt
 	touch $@
