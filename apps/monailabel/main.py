@@ -12,14 +12,15 @@ from lib.cpu_torchvision import import_torchvision
 
 import_torchvision()  # before anything of MONAI Label, in the server and in each process that it starts
 
-import numpy as np
 import torch
 from lib.bundles import find_bundles
+from lib.dicom import NamedSegmentsDatastore, voxel_values
 from lib.infer import StrictBundleInferTask
 from lib.segments import dicom_segments
 from lib.train import CopyTrainTask
-from monai.transforms import LoadImage
+from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.interfaces.app import MONAILabelApp
+from monailabel.interfaces.datastore import Datastore
 from monailabel.tasks.activelearning.first import First
 from monailabel.tasks.activelearning.random import Random
 
@@ -46,6 +47,12 @@ class BundleApp(MONAILabelApp):
             description="Segmentation by MONAI bundles; research use, not for diagnosis",
         )
 
+    def init_remote_datastore(self) -> Datastore:
+        datastore = super().init_remote_datastore()
+        if type(datastore) is DICOMWebDatastore:  # MONAI Label makes it, with its settings and passwords
+            datastore.__class__ = NamedSegmentsDatastore
+        return datastore
+
     def init_infers(self) -> dict[str, StrictBundleInferTask]:
         return {name: StrictBundleInferTask(path, self.conf) for name, path in self.bundles.items()}
 
@@ -65,9 +72,8 @@ class BundleApp(MONAILabelApp):
         """
         result = super().infer(request, datastore)
         if isinstance(asked := request.get("label_info"), list) and result.get("file"):
-            present = np.unique(np.asarray(LoadImage(image_only=True)(result["file"]))).astype(int).tolist()
             labels = self._infers[request["model"]].labels
-            asked[:] = dicom_segments(present, labels, request["model"], asked)
+            asked[:] = dicom_segments(voxel_values(result["file"]), labels, request["model"], asked)
         return result
 
     def batch_infer(self, request: dict[str, Any], datastore: Any = None) -> dict[str, Any]:

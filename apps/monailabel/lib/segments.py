@@ -53,7 +53,11 @@ def slicer_name(label: str) -> str:
 
 
 def dicom_segments(
-    present: Iterable[int], labels: Mapping[str, int], model: str, asked: Sequence[Mapping[str, Any]] = ()
+    present: Iterable[int],
+    labels: Mapping[str, int],
+    model: str,
+    asked: Sequence[Mapping[str, Any]] = (),
+    algorithm: str = "AUTOMATIC",
 ) -> list[dict[str, Any]]:
     """What MONAI Label's converter to DICOM SEG needs to know about the segments of one label map, in the order that it takes.
 
@@ -66,6 +70,7 @@ def dicom_segments(
         labels: values by label.
         model: its name.
         asked: the client's own entries; a description or colour is taken from the one of the label's name.
+        algorithm: how they were made, "AUTOMATIC" or, where a person corrected them, "SEMIAUTOMATIC".
     """
     names = {value: name for name, value in labels.items()}
     theirs = {str(entry.get("name", "")).lower(): entry for entry in asked}
@@ -78,7 +83,7 @@ def dicom_segments(
             "labelID": value,
             "SegmentLabel": name,
             "SegmentDescription": entry.get("description", name),
-            "SegmentAlgorithmType": "AUTOMATIC",
+            "SegmentAlgorithmType": algorithm,
             "SegmentAlgorithmName": model,
             "SegmentedPropertyCategoryCodeSequence": SEGMENT,
             "SegmentedPropertyTypeCodeSequence": SEGMENT,

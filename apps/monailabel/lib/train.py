@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.tasks.train.bundle import BundleTrainTask
 
@@ -72,15 +73,21 @@ def label_values(bundle: Path, datastore: Datastore) -> list[int]:
     """The voxel value that each output channel 1..N has in the studies' final labels.
 
     Viewers number the segments that they save by position, over the labels of all models that are served; their names are saved
-    too. Labels that came without names are taken to have the bundle's values.
+    too. Labels of a folder that came without names are taken to have the bundle's values; those of a DICOM server are numbered
+    anew, without the empty ones.
 
     Raises:
-        ValueError: there are no labels, a name is missing, or images disagree.
+        ValueError: there are no labels, a name or all names are missing, or images disagree.
     """
     own = list(channel_labels(bundle))
     found = {}
     for image in datastore.get_labeled_images():
-        entries = datastore.get_label_info(image, DefaultLabelTag.FINAL).get("label_info") or [{"name": n} for n in own]
+        entries = datastore.get_label_info(image, DefaultLabelTag.FINAL).get("label_info")
+        if not entries and isinstance(datastore, DICOMWebDatastore):
+            raise ValueError(
+                f"the segments of {image} were not saved through this server, and have no names here: submit them"
+            )
+        entries = entries or [{"name": name} for name in own]
         saved = [slicer_name(str(entry.get("name", ""))) for entry in entries]
         if missing := [name for name in own if slicer_name(name) not in saved]:
             raise ValueError(
