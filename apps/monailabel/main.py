@@ -78,4 +78,5 @@ class BundleApp(MONAILabelApp):
 
     def batch_infer(self, request: dict[str, Any], datastore: Any = None) -> dict[str, Any]:
         """Segment many images; MONAI Label would divide by the number of GPUs where there is none."""
-        return super().batch_infer({"multi_gpu": torch.cuda.device_count() > 1, **request}, datastore)
+        several = request.get("multi_gpu", True) and torch.cuda.device_count() > 1
+        return super().batch_infer({**request, "multi_gpu": several}, datastore)
