@@ -148,7 +148,7 @@ def studies(phantom_dataset, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory) -> Path:
-    """A folder of bundles: one that resamples its images, one with other code behind the same names, one without weights."""
+    """A folder of bundles: one that resamples its images, one with other code behind the same names, two that are not served."""
     folder = tmp_path_factory.mktemp("bundles")
     make_bundle("merged_inference", folder / "two organs", {"liver": [1], "spleen": [2]}, 0)
     labels = {"kidney_left": [1], "duct": [2], "right_kidney": [3]}
@@ -162,6 +162,8 @@ def bundles(tmp_path_factory) -> Path:
     )
     code.write_text(text)
     copy_template(ROOT / "bundles" / "merged_inference", folder / "no_weights")
+    shutil.copytree(folder / "two organs", folder / "broken")
+    set_values(folder / "broken", {"network_def": {"_target_": "scripts.residual_unet.NoSuchNetwork"}})
     return folder
 
 
@@ -215,6 +217,7 @@ def test_labels_are_those_of_the_bundles_in_slicers_spelling(server):
         "deepgrow_detection": {"left kidney": 1, "duct": 2, "right kidney": 3},
     }
     assert {model["type"] for model in models.values()} == {"segmentation"}
+    assert "NoSuchNetwork" in server.complaint("broken", "ras")
 
 
 def test_label_maps_are_those_of_monai_bundle_run_with_bundles_side_by_side(server, expected, tmp_path):

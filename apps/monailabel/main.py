@@ -54,7 +54,10 @@ class BundleApp(MONAILabelApp):
         return datastore
 
     def init_infers(self) -> dict[str, StrictBundleInferTask]:
-        return {name: StrictBundleInferTask(path, self.conf) for name, path in self.bundles.items()}
+        tasks = {name: StrictBundleInferTask(path, self.conf) for name, path in self.bundles.items()}
+        if not any(task.is_valid() for task in tasks.values()):
+            raise ValueError(f"{', '.join(tasks)}: nothing of this can be served; why not is said above")
+        return tasks
 
     def init_trainers(self) -> dict[str, CopyTrainTask]:
         if self.conf.get("train", "false").lower() != "true":

@@ -24,26 +24,27 @@ class StrictBundleInferTask(BundleInferTask):
     MONAI Label itself takes the weights file with the shortest name, keeps weights until a file has another time of change,
     whichever file that is, and answers with random weights where names of tensors do not fit or the file is gone.
 
+    A bundle that cannot be read, at the start or later, is left out of the list of models, and the log says why.
+
     Args:
         path: the bundle.
         conf: the app's configuration.
-
-    Raises:
-        ValueError: the bundle has no weights, or its labels are not numbered without gaps.
     """
 
     def __init__(self, path: Path, conf: dict[str, str]) -> None:
         self.folder = path
         self.conf = conf
+        self.description = ""
         self.files: Files = ()
         self.loaded: Path | None = None
-        self.refresh()
+        self.is_valid()
 
     def refresh(self) -> None:
         """Read the bundle if it is not as it was read before: configs, code, weights.
 
         Raises:
-            ValueError: as for the class.
+            ValueError: the bundle has no weights, or its labels are not numbered without gaps.
+            Exception: whatever its configs and code raise.
         """
         files = _files(self.folder)
         if files == self.files:
