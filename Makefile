@@ -1,15 +1,25 @@
 # Every target sets up .venv from requirements.txt when it is missing or older than the pins.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+SERVE = apps/monailabel/serve.py --studies "$(STUDIES)" --bundles "$(BUNDLE)" --port $(or $(PORT),8000)
 
-.PHONY: demo test test-fast bench lint dicom
+.PHONY: demo serve dicom test test-fast bench lint
 
 demo: .venv/ready  ## the whole chain in minutes; DATASET=<nnU-Net folder> for real images
 	$(BIN)/python -m tools demo $(if $(DATASET),--dataset_dir $(DATASET)) $(ARGS)
 
-test: .venv/ready  ## everything, as continuous integration runs it; what an environment below is missing for is skipped and says so
-	-test -f .venv-mergekit/ready || $(MAKE) .venv-mergekit/ready
-	-test -f .venv-deploy/ready || $(MAKE) .venv-deploy/ready
+serve:  ## MONAI Label on this computer: STUDIES=<folder of images, or DICOMweb URL> BUNDLE=<bundle, or folder of bundles> PORT=8000
+	@$(PYTHON) $(SERVE) --check
+	@$(MAKE) --no-print-directory .venv-monailabel/ready
+	@.venv-monailabel/bin/python $(SERVE) $(ARGS)
+
+dicom: .venv-deploy/ready  ## MONAI Deploy: IMAGES=<folder of a DICOM CT study> BUNDLE=<merged bundle> OUTPUT=<folder for the DICOM SEG>
+	@ulimit -s 32768; .venv-deploy/bin/python apps/deploy/app.py --images "$(IMAGES)" --bundle "$(BUNDLE)" --output "$(OUTPUT)"
+
+test: .venv/ready  ## everything, as continuous integration runs it; tests whose environment cannot be made are skipped and say so
+	-$(MAKE) .venv-mergekit/ready
+	-$(MAKE) .venv-monailabel/ready
+	-$(MAKE) .venv-deploy/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-fast: .venv/ready
@@ -17,9 +27,6 @@ test-fast: .venv/ready
 
 bench: .venv/ready .venv-mergekit/ready .venv-nnunet/ready  ## speed, as ratios within one run; ARGS=merging for a part
 	$(BIN)/python -m tests.benchmarks $(ARGS)
-
-dicom: .venv-deploy/ready  ## IMAGES=<folder of a DICOM CT study> BUNDLE=<merged bundle> OUTPUT=<folder>: a DICOM segmentation
-	ulimit -s 32768; .venv-deploy/bin/python apps/deploy/app.py --images "$(IMAGES)" --bundle "$(BUNDLE)" --output "$(OUTPUT)"
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -44,4 +51,9 @@ lint: .venv/ready
 .venv-nnunet/ready:  ## the peer that inference is compared with
 	test -x .venv-nnunet/bin/python || $(PYTHON) -m venv .venv-nnunet
 	.venv-nnunet/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 monai==1.6.1 nnunetv2==2.8.1
+	touch $@
+
+.venv-monailabel/ready: apps/monailabel/requirements.txt  ## the server, in an environment of its own
+	test -x .venv-monailabel/bin/python || $(PYTHON) -m venv .venv-monailabel
+	.venv-monailabel/bin/python -m pip install --quiet --disable-pip-version-check -r apps/monailabel/requirements.txt
 	touch $@

@@ -1,8 +1,12 @@
-"""What counts as an image in a folder."""
+"""What counts as an image in a folder, and how images are resampled."""
 
+import monai.transforms
+import nibabel
+import numpy as np
 import pytest
+from monai.transforms import Compose, EnsureChannelFirstd, Invertd, LoadImaged
 
-from tools.bundle_code.images import image_series, list_images
+from tools.bundle_code.images import Spacingd, image_series, list_images
 
 
 def touch(folder, *names):
@@ -53,3 +57,19 @@ def test_a_dicom_segmentation_beside_the_slices_is_passed_over(real_data):
         ["03.dcm", "02.dcm", "01.dcm"],
     )
     assert list_images(folder) == [{"image": str(folder)}]
+
+
+def test_resampling_leaves_other_entries_about_the_image_alone(tmp_path):
+    """MONAI Label adds the path; MONAI 1.6's own transform takes it for metadata."""
+    affine = np.diag([2.0, 3.0, 4.0, 1.0])
+    voxels = np.random.default_rng(0).normal(size=(12, 10, 8)).astype(np.float32)
+    nibabel.save(nibabel.Nifti1Image(voxels, affine), tmp_path / "ct.nii.gz")
+    item = {"image": str(tmp_path / "ct.nii.gz")}
+    steps = [LoadImaged("image"), EnsureChannelFirstd("image")]
+    theirs = Compose([*steps, monai.transforms.Spacingd("image", [3.0, 3.0, 3.0])])(item)
+    ours = Compose([*steps, Spacingd("image", [3.0, 3.0, 3.0])])
+    result = ours({**item, "image_path": "ct.nii.gz", "image_number": 7})
+    assert (result["image_path"], result["image_number"]) == ("ct.nii.gz", 7)
+    assert np.array_equal(result["image"], theirs["image"])
+    result["pred"] = result["image"]
+    assert Invertd("pred", ours, "image")(result)["pred"].shape == (1, 12, 10, 8)

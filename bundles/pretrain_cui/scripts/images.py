@@ -1,14 +1,15 @@
-"""The images of a folder, whatever their format: NIfTI, NRRD, MetaImage files and DICOM series."""
+"""The images of a folder, whatever their format: NIfTI, NRRD, MetaImage files and DICOM series; and their resampling."""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import itk
+import monai.transforms
 from monai.config import KeysCollection, PathLike
 from monai.data import ITKReader
 from monai.transforms import LoadImaged
@@ -112,3 +113,21 @@ class LoadImageOrSeriesd(LoadImaged):
     def __init__(self, keys: KeysCollection, **kwargs: Any) -> None:
         super().__init__(keys, **kwargs)
         self.register(DicomSeriesReader())
+
+
+class Spacingd(monai.transforms.Spacingd):
+    """MONAI's ``Spacingd``, for items that say more about an image than its metadata, such as MONAI Label's ``image_path``.
+
+    MONAI 1.6 takes every entry whose name begins with ``image_`` for metadata to be updated, and fails on one that is no
+    dictionary. Such entries are kept out of its sight.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:
+        others = {
+            name: value
+            for name, value in data.items()
+            if name not in self.keys
+            and not isinstance(value, dict)
+            and str(name).startswith(tuple(f"{key}_" for key in self.keys))
+        }
+        return super().__call__({name: value for name, value in data.items() if name not in others}, lazy) | others
