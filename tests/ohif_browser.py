@@ -31,7 +31,7 @@ def main(url: str, study: str, picture: str) -> None:
     """
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=SOFTWARE_RENDERING)
-        page = browser.new_page(viewport={"width": 1400, "height": 800})
+        page = browser.new_page(viewport={"width": 1280, "height": 620})
         page.goto(f"{url}/ohif/monai-label?StudyInstanceUIDs={study}", wait_until="domcontentloaded")
         address = page.locator("#monailabelServerURL")
         address.wait_for(timeout=60_000)
@@ -53,7 +53,7 @@ def main(url: str, study: str, picture: str) -> None:
 
 def coloured(screenshot: bytes) -> int:
     """The pixels of the viewports, left of the panel, that are not gray."""
-    pixels = np.asarray(Image.open(io.BytesIO(screenshot)).convert("RGB")).astype(int)[:, 300:1050]
+    pixels = np.asarray(Image.open(io.BytesIO(screenshot)).convert("RGB")).astype(int)[:, 300:980]
     return int((np.ptp(pixels, axis=2) > 40).sum())
 
 

@@ -43,6 +43,10 @@ pytestmark = [
         not (ORTHANC and PLUGIN.is_file() and shutil.which("chromium")),
         reason="apt-get install orthanc orthanc-dicomweb chromium",
     ),
+    pytest.mark.skipif(
+        not list(PYTHON.parents[1].glob("lib/python*/site-packages/playwright")),
+        reason="no playwright: make .venv-monailabel/ready && .venv-monailabel/bin/pip install playwright",
+    ),
 ]
 
 

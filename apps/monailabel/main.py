@@ -54,10 +54,10 @@ class BundleApp(MONAILabelApp):
         return datastore
 
     def init_infers(self) -> dict[str, StrictBundleInferTask]:
-        tasks = {name: StrictBundleInferTask(path, self.conf) for name, path in self.bundles.items()}
-        if not any(task.is_valid() for task in tasks.values()):
-            raise ValueError(f"{', '.join(tasks)}: nothing of this can be served; why not is said above")
-        return tasks
+        self.segmenters = {name: StrictBundleInferTask(path, self.conf) for name, path in self.bundles.items()}
+        if not any(task.is_valid() for task in self.segmenters.values()):
+            raise ValueError(f"{', '.join(self.segmenters)}: nothing of this can be served; why not is said above")
+        return self.segmenters
 
     def init_trainers(self) -> dict[str, CopyTrainTask]:
         if self.conf.get("train", "false").lower() != "true":
@@ -75,7 +75,7 @@ class BundleApp(MONAILabelApp):
         """
         result = super().infer(request, datastore)
         if isinstance(asked := request.get("label_info"), list) and result.get("file"):
-            labels = self._infers[request["model"]].labels
+            labels = self.segmenters[request["model"]].labels
             asked[:] = dicom_segments(voxel_values(result["file"]), labels, request["model"], asked)
         return result
 
