@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -410,6 +411,26 @@ def test_dicom_segments_keep_their_names_when_an_organ_is_absent(studies, tmp_pa
     assert (
         lines[1] == "SEGMENTS [('liver', '78961009'), ('spleen', '78961009')]"
     )  # MONAI Label alone: why the app is needed
+
+
+def test_bundles_of_one_folder_name_get_different_names(bundles, tmp_path):
+    for run_name in ("average", "ties"):
+        shutil.copytree(bundles / "two organs", tmp_path / run_name / "merged model")
+    words = [bundles / "other_code", tmp_path / "average" / "merged model", tmp_path / "ties" / "merged model"]
+    spec = importlib.util.spec_from_file_location("served_bundles", APP / "lib" / "bundles.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = module.find_bundles(",".join(map(str, words)))
+    assert found == {"other_code": words[0], "average_merged_model": words[1], "ties_merged_model": words[2]}
+
+    path = bundles / "other_code" / "configs" / "metadata.json"
+    text = path.read_text()
+    path.write_text(text.replace('"2": "spleen"', '"3": "spleen"'))
+    try:
+        with pytest.raises(ValueError, match="channel_def must be 0: background, then 1 to N without gaps"):
+            module.find_bundles(str(bundles / "other_code"))
+    finally:
+        path.write_text(text)
 
 
 @pytest.mark.parametrize(
