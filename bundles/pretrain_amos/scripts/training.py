@@ -20,7 +20,7 @@ from monai.engines import Evaluator, IterationEvents
 from monai.utils import set_determinism
 from torch import nn
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
 
 
 class SeedEpochs:
@@ -41,10 +41,17 @@ class SeedEpochs:
 
 
 class ReuseMemory:
-    """Keep freed memory for the next step instead of giving it back to the system, where the C library can (glibc).
+    """Keep freed memory for the next step or window instead of giving it back to the system, where the C library can (glibc).
 
-    A step on 3D patches allocates tensors so large that each is mapped anew, and cleared page by page, at every step.
+    Tensors of 3D patches are so large that each is mapped anew, and cleared page by page, at every step.
+
+    Args:
+        large: keep tensors of more than 32 MiB too. Where sizes vary much, as with whole images, holes between them would cost
+            memory.
     """
+
+    def __init__(self, large: bool = True) -> None:
+        self.large = large
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self)
@@ -52,7 +59,7 @@ class ReuseMemory:
     def __call__(self, engine: Engine | None = None) -> None:
         if platform.libc_ver()[0] == "glibc":
             mallopt = ctypes.CDLL("libc.so.6").mallopt
-            mallopt(M_MMAP_MAX, 0)
+            mallopt(*((M_MMAP_MAX, 0) if self.large else (M_MMAP_THRESHOLD, 32 * 2**20)))
             mallopt(M_TRIM_THRESHOLD, -1)
 
 
