@@ -40,6 +40,8 @@ def card(bundle: str, results: str) -> None:
     dice: dict[str, list[float]] = {}
     for row in rows:
         dice.setdefault(row["label"], []).append(float(row["dice"]))
+    if not dice:
+        raise UserError(f"{results} has no Dice of {subject.path}: the reference has none of its organs")
     means = {label: round(float(np.mean(values)), 4) for label, values in dice.items()}
     where = f"{evaluation['dataset']}, {evaluation['part']}"
     update_metadata(

@@ -126,7 +126,9 @@ class SlidingWindow(Inferer):
                     folded.add(number, box, logits)
                     del logits  # before the next windows come
         result = folded.result()
-        return MetaTensor(result, image.meta["original_affine"], {**image.meta}) if smooth else result
+        if not smooth:
+            return result
+        return MetaTensor(result, image.meta["original_affine"], {k: v for k, v in image.meta.items() if k != "affine"})
 
     def _roi(self, image: Tensor) -> tuple[int, ...]:
         return fall_back_tuple(self.roi_size, image.shape[1:])
