@@ -121,7 +121,7 @@ def fisher_information(
     """
     import torch
 
-    from tools.bundle_code.inferers import full_size
+    from tools.bundle_code.inferers import autocast, full_size
 
     device = next(network.parameters()).device
     known = dict(network.named_parameters(remove_duplicate=False))
@@ -130,7 +130,7 @@ def fisher_information(
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     for patch in tqdm(patches, desc="Fisher information", disable=None, leave=False):
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             output = full_size(network(patch[None].to(device)))
         output = (output[0] if isinstance(output, list | tuple) else output).float()
         margins = output[:, 1:] - output[:, :1]
@@ -189,6 +189,8 @@ def gram_matrices(
     """
     import torch
 
+    from tools.bundle_code.inferers import autocast
+
     device = next(network.parameters()).device
     portions: list[list[str]] = [[]]
     for name in layers:
@@ -211,7 +213,7 @@ def gram_matrices(
             ]
             try:
                 for patch in patches:
-                    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
+                    with torch.inference_mode(), autocast(device):
                         network(patch[None].to(device))
                     bar.update()
             finally:

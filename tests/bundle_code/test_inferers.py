@@ -23,7 +23,7 @@ def test_bfloat16_is_close_to_float32(network, inner):
         plain = inner(x.as_tensor(), network) if inner else network(x.as_tensor())
     torch.testing.assert_close(full, plain, rtol=1e-4, atol=1e-5)
     assert half.dtype == torch.float32
-    assert not torch.equal(half, full)
+    assert torch.equal(half, full) == (torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"))  # see autocast
     assert (half - full).norm() < 0.05 * full.norm()
 
 

@@ -15,7 +15,7 @@ class MixedPrecisionInferer(Inferer):
 
     Args:
         inferer: what does the work: ``SimpleInferer`` when None, or a ``SlidingWindowInferer``.
-        precision: ``"bfloat16"``, or ``"float32"`` for full precision. A CUDA device without bfloat16 uses float32.
+        precision: ``"bfloat16"``, where the processor computes in it (see ``autocast``), or ``"float32"`` for full precision.
         channels_last: memory format of the input, which the network's convolutions then keep.
 
     Raises:
@@ -39,12 +39,23 @@ class MixedPrecisionInferer(Inferer):
 
     def forward(self, network: Callable[..., Any], window: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """One pass of the network, whose output at full size keeps the precision that it was computed in."""
-        device = window.device.type
-        half = self.precision == "bfloat16" and (device != "cuda" or torch.cuda.is_bf16_supported())
         if self.channels_last and window.ndim == 5:
             window = window.contiguous(memory_format=torch.channels_last_3d)
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=half):
+        with autocast(window.device, self.precision):
             return full_size(network(window, *args, **kwargs))
+
+
+def autocast(device: torch.device, precision: str = "bfloat16") -> torch.autocast:
+    """Autocast to bfloat16, or to nothing where the precision is float32 or the processor has no bfloat16.
+
+    There PyTorch falls back to a convolution that is hundreds of times slower than float32: on any x86 CPU without AVX-512.
+    """
+    supported = True
+    if device.type == "cuda":
+        supported = torch.cuda.is_bf16_supported()
+    elif device.type == "cpu":
+        supported = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=supported and precision == "bfloat16")
 
 
 def full_size(output: Tensor | Sequence[Tensor]) -> Tensor:
