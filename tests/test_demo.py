@@ -12,7 +12,7 @@ from tools.demo import results_table
 @pytest.mark.slow
 def test_the_demo_makes_its_table_and_pictures_and_resumes(tmp_path):
     output = tmp_path / "demo"
-    words = ["tools", "demo", "--output", output, "--pretrain_epochs", 2, "--finetune_epochs", 2]
+    words = ["tools", "demo", "--output", output, "--pretrain_epochs", 2, "--finetune_epochs", 2, "--patch_size", 32]
     words += ["--tasks", "{liver: liver, kidneys: [right kidney, left kidney]}"]
     text = run(*words, cwd=ROOT).stdout
     results = json.loads((output / "results.json").read_text())

@@ -13,6 +13,7 @@ from tools.errors import UserError, nearest
 COMMANDS = {
     "new_pretraining": "a copy of a pre-training bundle for the labels of an nnU-Net dataset",
     "new_task": "a bundle that fine-tunes one task from a starting point",
+    "convert": "a published checkpoint of another framework into a bundle",
     "diff": "the task vector between a starting point and a specialist",
     "statistics": "what the methods fisher and regmean need of a specialist, from unlabelled scans",
     "merge": "task vectors and their starting point into one bundle",

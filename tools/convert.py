@@ -1,0 +1,99 @@
+"""``convert``: a published checkpoint of another framework becomes a bundle."""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from tools import __version__
+from tools.bundle import Bundle
+from tools.errors import UserError, nearest
+from tools.importers.conversion import Conversion
+from tools.instantiate import copy_template, introduce, set_labels, set_values, update_metadata
+from tools.lineage import file_sha256
+from tools.network_check import check_fit
+from tools.output import complete_output
+from tools.vendor import BUNDLES, SOURCE, scripts_for
+from tools.weights_file import WeightsFile
+
+SOURCES = {
+    "stunet": "STU-Net, nnU-Net 1: <name>.model, with <name>.model.pkl beside it or in --plans",
+    "genesis": "Models Genesis: Genesis_Chest_CT.pt or genesis_nnunet_luna16_006.model",
+    "unettransplant": "U-Net Transplant: Pretrain_*.pth or TaskVector_*.pth",
+    "nnunet": "nnU-Net 2: fold_*/checkpoint_*.pth of a trained model's folder, which has plans.json and dataset.json",
+    "monai": "any MONAI bundle with weights, such as the model zoo's: its folder",
+}
+
+
+def convert(source: str, checkpoint: str, output: str, overwrite: bool = False, **options: Any) -> None:
+    """Turn a checkpoint of another framework into a bundle that trains, merges and runs like any other here.
+
+    Nothing that the checkpoint holds is executed. Every tensor of it is accounted for: docs/conversion.md in the bundle says
+    what became of each.
+
+    Args:
+        source: where it comes from: stunet, genesis, unettransplant, nnunet or monai; `--source list` describes them.
+        checkpoint: the file, or for monai the folder.
+        output: folder of the new bundle.
+        overwrite: replace the output if it exists.
+        options: of the source; a wrong one is answered by those that there are.
+    """
+    if source == "list":
+        print("\n".join(f"{name:<16} {text}" for name, text in SOURCES.items()))
+        return
+    if source not in SOURCES:
+        raise UserError(f"no source {source!r}{nearest(source, SOURCES)}; there are {', '.join(SOURCES)}")
+    read = import_module(f"tools.importers.{source}").read
+    known = list(inspect.signature(read).parameters)[1:]
+    for name in options:
+        if name not in known:
+            there = f"it has {', '.join(f'--{n}' for n in known)}" if known else "it has none"
+            raise UserError(f"source {source} has no option --{name}{nearest(name, known)}; {there}")
+    path = Path(checkpoint)
+    conversion = read(path, **options)
+    with complete_output(output, overwrite) as folder:
+        _write(folder, source, path, conversion)
+    new = sum(origin.startswith("new") for origin in conversion.origins.values())
+    print(
+        f"{output}: {len(conversion.tensors) - new} tensors of {path.name}, {new} new, {len(conversion.left_out)} left out "
+        f"(docs/conversion.md), {len(conversion.labels)} labels"
+    )
+
+
+def _write(folder: Path, source: str, checkpoint: Path, conversion: Conversion) -> None:
+    """Make the bundle, and be sure that its network takes the weights."""
+    import torch
+
+    copy_template(BUNDLES / conversion.template, folder)
+    set_labels(folder, conversion.labels)
+    set_values(folder, conversion.values)
+    scripts = scripts_for(folder, SOURCE)
+    for path in (folder / "scripts").glob("*.py"):
+        if path.name not in scripts:
+            path.unlink()
+    for name, text in scripts.items():
+        (folder / "scripts" / name).write_text(text)
+    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in conversion.tensors.items()}
+    torch.save(tensors, folder / "models" / "model.pt")
+    converted = {"source": source, "file": checkpoint.name, "tool_version": __version__}
+    if checkpoint.is_file():
+        converted["sha256"] = file_sha256(checkpoint)
+    lineage = {**conversion.metadata.pop("lineage", {}), "converted_from": converted}
+    update_metadata(folder, **conversion.metadata, lineage=lineage)
+    introduce(folder, f"Converted: {checkpoint.name}", {"source": SOURCES[source].split(":")[0], **conversion.facts})
+    (folder / "docs" / "conversion.md").write_text(_account(checkpoint, conversion))
+    bundle = Bundle(folder)
+    check_fit(bundle, WeightsFile(bundle.model_file), run_code=True)
+
+
+def _account(checkpoint: Path, conversion: Conversion) -> str:
+    """What became of every tensor, as Markdown."""
+    lines = [f"# What became of {checkpoint.name}", "", "| tensor | shape | from |", "|---|---|---|"]
+    for name, tensor in conversion.tensors.items():
+        lines.append(f"| `{name}` | {' × '.join(map(str, tensor.shape))} | {conversion.origins[name]} |")
+    if conversion.left_out:
+        lines += ["", "Left out:", "", "| of the checkpoint | why |", "|---|---|"]
+        lines += [f"| `{name}` | {reason} |" for name, reason in conversion.left_out.items()]
+    return "\n".join(lines) + "\n"

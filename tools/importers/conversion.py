@@ -1,0 +1,101 @@
+"""What an importer finds in a checkpoint, and how checkpoints are read without executing anything that they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tools.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PREFIXES = ("module.", "_orig_mod.")  # of networks that were wrapped for several GPUs, or compiled
+
+
+@dataclass
+class Conversion:
+    """A checkpoint as a bundle will have it.
+
+    Attributes:
+        template: the folder in bundles/ that the new bundle is a copy of.
+        labels: names of the output channels 1..C, each with the labels of the training dataset that it stands for.
+        tensors: the network's weights by name.
+        origins: for each of them, the name in the checkpoint that it was made from, and how where it was changed; or why it is new.
+        left_out: names in the checkpoint that nothing was made from, each with the reason.
+        values: top-level entries of train.json and inference.json, with network_def and preprocessing where the template has others.
+        metadata: entries of metadata.json.
+        facts: about the checkpoint, for the model card.
+    """
+
+    template: str
+    labels: dict[str, list[int | str]]
+    tensors: dict[str, Tensor]
+    origins: dict[str, str]
+    left_out: dict[str, str] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, str] = field(default_factory=dict)
+
+
+def read_checkpoint(path: str | Path, classes: Iterable[tuple[type, str]] = ()) -> Any:
+    """The content of a file that ``torch.save`` wrote: tensors, plain Python and NumPy's numbers, and nothing else.
+
+    Args:
+        path: the file. It is mapped into memory, not read, where its format allows that.
+        classes: what else may be in it: a harmless stand-in, and the name that the file has for it.
+
+    Raises:
+        UserError: no such file, damaged, or it holds something that would have to be executed.
+    """
+    import numpy as np
+    import torch
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} not found")
+    scalar = np._core.multiarray.scalar
+    allowed = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    allowed += [np.dtype, *(type(np.dtype(name)) for name in ("float64", "float32", "int64")), *classes]
+    with torch.serialization.safe_globals(allowed):
+        for mmap in (True, False):  # files of the format before PyTorch 1.6 cannot be mapped
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            except Exception as error:
+                reason = " ".join(str(error).split("\n")[0].split()) or type(error).__name__
+                if mmap and "mmap can only be used" in reason:
+                    continue
+                if "Weights only load failed" in reason or "Unsupported" in str(error):
+                    reason = f"it holds something else than weights and numbers: {_unsupported(str(error))}"
+                raise UserError(f"{path} cannot be read ({reason})") from None
+    raise AssertionError("unreachable")
+
+
+def _unsupported(message: str) -> str:
+    """The line of PyTorch's long message that names what it refused."""
+    lines = [line.strip() for line in message.splitlines() if "nsupported" in line or "GLOBAL" in line]
+    return lines[0] if lines else message.splitlines()[0]
+
+
+def named_tensors(state: Any, path: str | Path, where: str) -> dict[str, Tensor]:
+    """The tensors of a part of a checkpoint, by name without the prefixes of wrapped networks.
+
+    Raises:
+        UserError: the part is missing, holds something else than tensors, or one of them has NaN or infinite values.
+    """
+    import torch
+
+    if not isinstance(state, Mapping) or not state:
+        raise UserError(f"{path} has no weights in {where}")
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise UserError(f"{path}: {where} holds {name}, which is no tensor")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"{path}: tensor {name} has NaN or infinite values")
+        for prefix in PREFIXES:
+            name = str(name).removeprefix(prefix)
+        tensors[name] = tensor
+    return tensors
