@@ -23,9 +23,9 @@ class Conversion:
         template: the folder in bundles/ that the new bundle is a copy of.
         labels: names of the output channels 1..C, each with the labels of the training dataset that it stands for.
         tensors: the network's weights by name.
-        origins: for each of them, the name in the checkpoint that it was made from, and how where it was changed; or why it is new.
+        origins: of each of them, the name in the checkpoint that it was made from, and how; or why it is new.
         left_out: names in the checkpoint that nothing was made from, each with the reason.
-        values: top-level entries of train.json and inference.json, with network_def and preprocessing where the template has others.
+        values: top-level entries of train.json and inference.json, as network_def.
         metadata: entries of metadata.json.
         facts: about the checkpoint, for the model card.
     """
