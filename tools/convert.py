@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -13,11 +14,11 @@ from tools import __version__
 from tools.bundle import Bundle, read_json, write_json
 from tools.errors import UserError, nearest
 from tools.importers.conversion import Conversion
-from tools.instantiate import copy_template, introduce, set_labels, set_values, update_metadata
+from tools.instantiate import assemble_scripts, copy_template, introduce, set_labels, set_values, update_metadata
 from tools.lineage import file_sha256
 from tools.network_check import check_fit
 from tools.output import complete_output
-from tools.vendor import BUNDLES, SOURCE, scripts_for
+from tools.vendor import BUNDLES
 from tools.weights_file import WeightsFile
 
 SOURCES = {
@@ -71,12 +72,7 @@ def _write(folder: Path, source: str, checkpoint: Path, conversion: Conversion) 
     copy_template(BUNDLES / conversion.template, folder)
     set_labels(folder, conversion.labels)
     set_values(folder, conversion.values)
-    scripts = scripts_for(folder, SOURCE)
-    for path in (folder / "scripts").glob("*.py"):
-        if path.name not in scripts:
-            path.unlink()
-    for name, text in scripts.items():
-        (folder / "scripts" / name).write_text(text)
+    assemble_scripts(folder, conversion.scripts, json.dumps(conversion.values))
     _set_inputs(folder, conversion)
     own = {
         id(tensor): tensor.detach().clone(memory_format=torch.contiguous_format)
