@@ -32,8 +32,8 @@ def flat(patch, spacing, strides, kernels, scheme, kind="PlainConvUNet"):
         "patch_size": patch,
         "median_image_size_in_voxels": patch,
         "spacing": spacing,
-        "normalization_schemes": [scheme],
-        "use_mask_for_norm": [False],
+        "normalization_schemes": scheme if isinstance(scheme, list) else [scheme],
+        "use_mask_for_norm": [True, False] if isinstance(scheme, list) else [False],
         "UNet_class_name": kind,
         "UNet_base_num_features": 4,
         "n_conv_per_stage_encoder": [1] * stages if kind == "PlainConvUNet" else [1, 2, 2][:stages],
@@ -87,30 +87,32 @@ def job(
     folder,
     configuration,
     image=None,
-    channel="MRI",
+    channels=("MRI",),
     forward=(0, 1, 2),
     seed=0,
     labels=LABELS,
     base=None,
     mirror=(0, 1, 2),
+    reader="SimpleITKIO",
 ):
+    """What nnunet_peer.py needs to make a trained model's folder, and to predict an image."""
     plans = {
         "dataset_name": "Dataset001_Test",
         "plans_name": "nnUNetPlans",
         "original_median_spacing_after_transp": [1, 1, 1],
         "original_median_shape_after_transp": [32, 32, 32],
-        "image_reader_writer": "SimpleITKIO",
+        "image_reader_writer": reader,
         "transpose_forward": list(forward),
         "transpose_backward": [list(forward).index(axis) for axis in range(3)],
         "experiment_planner_used": "ExperimentPlanner",
         "label_manager": "LabelManager",
-        "foreground_intensity_properties_per_channel": {"0": CT},
+        "foreground_intensity_properties_per_channel": {"0": CT, "1": CT},
         "configurations": {"3d_fullres": configuration}
         if base is None
         else {"base": base, "3d_fullres": configuration},
     }
     dataset = {
-        "channel_names": {"0": channel},
+        "channel_names": {str(number): name for number, name in enumerate(channels)},
         "labels": labels,
         "numTraining": 2,
         "file_ending": ".nii.gz",
@@ -123,7 +125,7 @@ def job(
         "dataset_json": dataset,
         "seed": seed,
         "configuration": "3d_fullres",
-        "image": None if image is None else [str(image)],
+        "image": image if image is None or isinstance(image, list) else [str(image)],
         "mirror": mirror,
     }
 

@@ -282,7 +282,9 @@ def _canonical(
         head[f"head.{name}"] = tensor.new_zeros(1 + len(rows), *tensor.shape[1:])
         head[f"head.{name}"][1:] = tensor[list(rows)]
     there = f"task_heads.{DATASETS.index(dataset)}"
-    return head, {f"head.{name}": f"new row of zeros, then `{there}.{name}`" for name in ("weight", "bias")}
+    return head, {
+        f"head.{name}": f"`{there}.{name}`, under a row of zeros for the background" for name in ("weight", "bias")
+    }
 
 
 def _sha256(backbone: Mapping[str, Tensor]) -> str:
