@@ -50,8 +50,8 @@ class DeepSupervision(nn.Module):
         loss: of logits and a label map ``(N, 1, ...)`` of their size.
 
     Shapes:
-        a sequence of logits ``(N, C, ...)``, the finest first, and a label map ``(N, 1, ...)`` of the finest size, to a scalar. Labels
-        are brought to coarser sizes by their nearest neighbours. One tensor of logits is given to the loss as it is.
+        a sequence of logits ``(N, C, ...)``, the finest first, and a label map ``(N, 1, ...)`` of the finest size, to a scalar.
+        Labels are brought to coarser sizes by their nearest neighbours. One tensor of logits is given to the loss as it is.
 
     Source: Isensee et al., "nnU-Net: a self-configuring method for deep learning-based biomedical image segmentation", Nature
     Methods 2021.

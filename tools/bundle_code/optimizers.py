@@ -47,7 +47,7 @@ def adamw(
 def sgd(
     network: nn.Module, head: list[str], lr: float, head_lr: float, weight_decay: float, momentum: float = 0.99
 ) -> torch.optim.SGD:
-    """Stochastic gradient descent with Nesterov momentum in two parameter groups, backbone and head: nnU-Net's, where both are equal.
+    """Gradient descent with Nesterov momentum in two parameter groups, backbone and head: nnU-Net's, where their rates are equal.
 
     Args:
         network: its parameters are optimised.
