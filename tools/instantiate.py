@@ -19,8 +19,12 @@ CONFIGS_WITH_NETWORK = ("train.json", "inference.json")
 
 def data_facts(dataset_dir: str | Path) -> dict[str, str]:
     """What an nnU-Net dataset says of itself: its name (or else its folder's) as "dataset", "licence" and "reference"."""
-    said = read_json(Path(dataset_dir) / "dataset.json")
-    facts = {"dataset": said.get("name") or Path(dataset_dir).resolve().name}
+    return stated_facts(read_json(Path(dataset_dir) / "dataset.json"), Path(dataset_dir).resolve().name)
+
+
+def stated_facts(said: Mapping[str, Any], unnamed: str) -> dict[str, str]:
+    """The same of the content of a dataset.json, with a name for a dataset that has none."""
+    facts = {"dataset": said.get("name") or unnamed}
     facts |= {
         name: said.get(name) or said.get(other) for name, other in (("licence", "license"), ("reference", "reference"))
     }
@@ -105,6 +109,9 @@ def set_starting_point(output: Path, pretrained: Bundle, structure: Structure, o
         config["network_def"] = {**network_def, **dropout}
         config["preprocessing"] = preprocessing
         config["patch_size"] = _patch_size(pretrained)
+        for knob in ("windows", "inferer_output"):  # how its preprocessing is undone
+            if knob in config and knob in pretrained.inference:
+                config[knob] = pretrained.resolved(knob)
         if "head" in config:
             config["head"] = list(structure.head)
         if "pretrained" in config and structure.last_layer:
@@ -115,6 +122,7 @@ def set_starting_point(output: Path, pretrained: Bundle, structure: Structure, o
     path = output / "configs" / "metadata.json"
     metadata = read_json(path)
     metadata["network_data_format"]["inputs"] = pretrained.metadata["network_data_format"]["inputs"]
+    metadata["required_packages_version"] |= pretrained.metadata.get("required_packages_version", {})
     if "image_classes" in pretrained.metadata:
         metadata["image_classes"] = pretrained.metadata["image_classes"]
     metadata["network_data_format"]["outputs"]["pred"]["spatial_shape"] = pretrained.metadata["network_data_format"][

@@ -26,6 +26,8 @@ class Conversion:
         origins: of each of them, the name in the checkpoint that it was made from, and how; or why it is new.
         left_out: names in the checkpoint that nothing was made from, each with the reason.
         values: top-level entries of train.json and inference.json, as network_def.
+        image: entries of the input image in metadata.json, as num_channels.
+        packages: what the bundle needs beyond its template's requirements, as PyPI calls it.
         metadata: entries of metadata.json.
         facts: about the checkpoint, for the model card.
     """
@@ -36,6 +38,8 @@ class Conversion:
     origins: dict[str, str]
     left_out: dict[str, str] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
+    image: dict[str, Any] = field(default_factory=dict)
+    packages: list[str] = field(default_factory=list)
     metadata: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
 
