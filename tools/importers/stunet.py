@@ -99,6 +99,7 @@ def read(
     if len(rows) < classes:
         left_out[f"{classes - len(rows)} of {classes} rows of {HEADS}*"] = "labels that were not asked for"
     standard = read_json(BUNDLES / TEMPLATE / "configs" / "metadata.json")["totalsegmentator_labels"]
+    title = f"STU-Net {size}".strip()
     multiples = [prod(stride[axis] for stride in strides) for axis in range(3)]
     return Conversion(
         template=TEMPLATE,
@@ -122,9 +123,9 @@ def read(
             "spatial_shape": [f"{2 * multiple}*n" for multiple in multiples],
         },
         metadata={
-            "name": f"STU-Net {size}".strip(),
+            "name": title,
             "task": f"Segmentation of {len(names)} structures",
-            "description": f"{size or 'another size'} of STU-Net, from {checkpoint.name}; a starting point for task vectors",
+            "description": f"{title}, converted from {checkpoint.name}: a starting point for task vectors.",
             "image_classes": f"{images} channel(s) at {' × '.join(f'{side:g}' for side in spacing)} mm, normalised one by one",
             "pred_classes": f"{1 + len(names)} channels: logits of a softmax, background first; argmax gives the label map",
             "totalsegmentator_labels": {name: standard[name] for name in names if name in standard},
