@@ -167,6 +167,8 @@ def set_modulated(output: Path) -> None:
         path, {"imports": config.pop("imports"), "bundle_root": root, "modulated": True, **config, "inferer": inferer}
     )
     _add_scripts(output, "modulation")
+    for overlay in ("inference_compile", "inference_trt"):  # of networks whose weights stay the same
+        (output / "configs" / f"{overlay}.json").unlink(missing_ok=True)
 
 
 def _add_scripts(output: Path, module: str) -> None:

@@ -174,6 +174,25 @@ def test_outputs_of_a_bundle_that_resamples_its_images(alone, ras, tmp_path):
     assert steps["smooth_labels"] < steps["labels"]
 
 
+def test_overlays_that_compile_the_network_give_the_same_label_map(alone, chain, tmp_path):
+    """On a CPU: torch.compile without its slow code generator, and MONAI's TensorRT, which does nothing without a GPU."""
+    image = chain.dataset / "imagesTr" / "phantom_001_0000.nii.gz"
+    maps = {}
+    for overlay, extra in (
+        (None, []),
+        ("inference_compile", ["--compile_backend", "aot_eager"]),
+        ("inference_trt", []),
+    ):
+        files = [str(alone / "configs" / f"{name}.json") for name in ("inference", overlay) if name]
+        words = ["--config_file", str(files), "--bundle_root", alone, "--dataset_dir", image, "--precision", "float32"]
+        result = run("monai.bundle", "run", *words, "--output_dir", tmp_path / str(overlay), *extra, PYTHONPATH="")
+        maps[overlay] = np.asarray(nibabel.load(next((tmp_path / str(overlay)).glob("*.nii.gz"))).dataobj)
+        assert ("trt_compile() has no effect" in result.stdout + result.stderr) == (overlay == "inference_trt")
+    assert maps[None].any()
+    assert np.array_equal(maps[None], maps["inference_trt"])
+    assert np.mean(maps[None] == maps["inference_compile"]) > 0.9999
+
+
 def test_export_of_a_merged_bundle(alone, tmp_path):
     import onnxruntime
 

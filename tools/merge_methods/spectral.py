@@ -39,7 +39,7 @@ def tsv_m(
     if rank == 0:
         return scale * np.add.reduce(deltas) / len(deltas)
     left, values, right = zip(*(leading(delta, rank) for delta in deltas), strict=True)
-    return scale * (_orthogonal(np.hstack(left)) * np.concatenate(values)) @ _orthogonal(np.vstack(right).T).T
+    return scale * (polar(np.hstack(left))[0] * np.concatenate(values)) @ polar(np.vstack(right))[0]
 
 
 @merge_method(
@@ -60,8 +60,8 @@ def iso_c(
     Returns:
         The merged delta, of that shape.
     """
-    left, values, right = leading(np.add.reduce(deltas), min(deltas[0].shape))
-    return scale * values.mean() * left @ right
+    factor, values = polar(np.add.reduce(deltas))
+    return scale * values.mean() * factor
 
 
 @merge_method(
@@ -97,7 +97,7 @@ def iso_cts(
     parts += [leading(delta - left @ (left.T @ delta), own, np.linalg.norm(delta)) for delta in deltas]
     left, values, right = zip(*parts, strict=True)
     mean = np.concatenate(values).mean()
-    return scale * mean * _orthogonal(np.hstack(left)) @ _orthogonal(np.vstack(right).T).T
+    return scale * mean * polar(np.hstack(left))[0] @ polar(np.vstack(right))[0]
 
 
 def leading(matrix: np.ndarray, rank: int, size: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -122,8 +122,20 @@ def leading(matrix: np.ndarray, rank: int, size: float = 0.0) -> tuple[np.ndarra
     return left, values, (left.T @ matrix) / np.where(present, values, 1)[:, None]
 
 
-def _orthogonal(columns: np.ndarray) -> np.ndarray:
-    """The matrix with orthonormal columns that is nearest to this one: its polar factor."""
-    squares, vectors = np.linalg.eigh(columns.T @ columns)
-    present = squares > NEGLIGIBLE**2 * max(squares.max(initial=0), 1e-300)
-    return columns @ ((vectors / np.sqrt(np.where(present, squares, np.inf))) @ vectors.T)
+def polar(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest matrix whose rows (or columns, of which there are fewer) are orthonormal: its polar factor U Vᵀ.
+
+    Args:
+        matrix: m × n.
+
+    Returns:
+        U Vᵀ (m × n), without the directions whose singular value is zero; and all min(m, n) singular values.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        factor, values = polar(matrix.T)
+        return factor.T, values
+    squares, vectors = np.linalg.eigh(matrix @ matrix.T)
+    values = np.sqrt(np.maximum(squares, 0))
+    present = values > NEGLIGIBLE * max(values.max(initial=0), 1e-300)
+    inverse = np.divide(1, values, where=present, out=np.zeros_like(values))
+    return (vectors * inverse) @ vectors.T @ matrix, values * present
