@@ -1,7 +1,7 @@
 """What nnU-Net 1 itself makes of an image with STU-Net; the tests compare pretrain_stunet's inference with it.
 
 ``python -m tests.nnunet1_peer <job.json>``, with nnU-Net 1 on the path: ``network`` is a file with its arguments and state on
-axes z, y, x, ``image`` the image; ``patch_size``, ``spacing`` and ``mirror`` are as nnU-Net's. ``<output>/<mode>.nii.gz`` are then
+axes z, y, x, ``image`` the image; ``patch_size``, ``spacing``, ``mirror`` are as nnU-Net's. Then ``<output>/<mode>.nii.gz`` are
 its label maps in its modes normal, fast and fastest, ``data.npy`` is the preprocessed image, ``predicted.npy`` the labels on its
 grid.
 """

@@ -42,7 +42,7 @@ class SlidingWindow(Inferer):
         windows: ``"monai"``: steps of equal length, the last window moved back to the border, a Gaussian that is nowhere below
             0.001. ``"nnunet"``: windows evenly spread, a Gaussian around voxel ``size // 2``; σ is an eighth of the size in both;
             smooth labels are not interpolated across slices that are more than three times as thick as wide.
-        mirror_axes: spatial axes 0, 1, 2 that windows are flipped along, in all combinations; their logits are averaged. Only for
+        mirror_axes: spatial axes 0, 1, 2 that windows are flipped along, in all combinations, and averaged. Only for
             networks trained with such flips: others take left for right.
         skip_below: do not look at windows in which no voxel, as preprocessed, is above this value (air); they are background.
         output: ``"labels"``; ``"smooth_labels"``, on the grid of the image as it was loaded, where linearly interpolated logits
