@@ -21,6 +21,7 @@ test: .venv/ready  ## everything, as continuous integration runs it; tests whose
 	-$(MAKE) .venv-monailabel/ready
 	-$(MAKE) .venv-deploy/ready
 	-$(MAKE) .venv-nnunet/ready
+	-$(MAKE) .venv-nnunet1/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-fast: .venv/ready
@@ -47,6 +48,11 @@ lint: .venv/ready
 .venv-deploy/ready: apps/deploy/requirements.txt  ## MONAI Deploy, which needs other versions than MONAI Label does
 	test -x .venv-deploy/bin/python || $(PYTHON) -m venv .venv-deploy
 	.venv-deploy/bin/python -m pip install --quiet --disable-pip-version-check -r apps/deploy/requirements.txt
+	touch $@
+
+.venv-nnunet1/ready: .venv/ready  ## nnU-Net 1, the peer that STU-Net's inference is compared with: its code beside our environment
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv-nnunet1 nnunet==1.7.1 \
+		batchgenerators==0.23 SimpleITK==2.5.7 scikit-image==0.26.0 lazy_loader==0.6
 	touch $@
 
 .venv-nnunet/ready:  ## the peer that inference and converted models are compared with

@@ -156,6 +156,13 @@ def test_the_decoder_is_what_comes_after_the_bottleneck(kind):
         assert order == sorted(order, key=["encoder", "decoder"].index)
 
 
+def test_the_groups_of_stunets_tensors():
+    network = build({"_target_": "tools.bundle_code.stunet.STUNet", "out_channels": 2, "size": "small"}, 2)
+    names = [name for name in network.state_dict() if not name.startswith("seg_outputs.")]
+    assert {group_of(name) for name in names if name.startswith("conv_blocks_context.")} == {"encoder"}
+    assert {group_of(name) for name in names if not name.startswith("conv_blocks_context.")} == {"decoder"}
+
+
 def test_patterns_name_groups_and_tensors():
     assert matches("encoders.0.conv.weight", "encoder") and not matches("encoders.0.conv.weight", "decoder")
     assert matches("model.1.submodule.2.0.conv.weight", "decoder") and matches(

@@ -202,10 +202,9 @@ def _looked_up(value: Any, config: dict[str, Any], depth: int = 0) -> Any:
         return [_looked_up(v, config, depth) for v in kept]
     if not isinstance(value, str) or not value.startswith(("@", "$", "%")):
         return value
-    target = config.get(value[1:]) if value.startswith("@") and depth < 9 else None
-    if target is None or isinstance(target, dict):
+    if not value.startswith("@") or value[1:] not in config or depth == 9 or isinstance(config[value[1:]], dict):
         raise _NeedsMonai
-    return _looked_up(target, config, depth + 1)
+    return _looked_up(config[value[1:]], config, depth + 1)
 
 
 def _disabled(value: Any, config: dict[str, Any]) -> bool:

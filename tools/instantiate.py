@@ -67,16 +67,22 @@ def set_labels(output: Path, label_map: Mapping[str, list[int | str]]) -> None:
 
 
 def set_values(output: Path, values: Mapping[str, Any]) -> None:
-    """Set top-level entries in whichever of train.json and inference.json has them.
+    """Set entries in whichever of train.json and inference.json has them: "loss", or inside one "train#handlers#1#max_norm".
 
     Raises:
-        UserError: an entry that neither has.
+        UserError: an entry that neither has, or inside of which it is to be.
     """
     unknown = set(values)
     for config, path in _configs(output, CONFIGS_WITH_NETWORK):
-        found = {key: value for key, value in values.items() if key in config}
-        unknown -= set(found)
-        write_json(path, {**config, **found})
+        for key, value in values.items():
+            *outer, name = key.split("#")
+            place: Any = config
+            for part in outer:
+                place = place[int(part)] if isinstance(place, list) else place.get(part, {})
+            if name in place or (outer and place):
+                place[name] = value
+                unknown.discard(key)
+        write_json(path, config)
     if unknown:
         raise UserError(f"{output}: neither train.json nor inference.json has {', '.join(sorted(unknown))}")
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 ENCODER = re.compile("enc|down|vit|swin|in_|input|stem|patch", re.IGNORECASE)
-DECODER = re.compile("dec|up|out|final|conv_final|seg|attention|merge", re.IGNORECASE)
+DECODER = re.compile("dec|up|out|final|conv_final|conv_blocks_localization|seg|attention|merge", re.IGNORECASE)
 WITHOUT_SPARE_CHANNELS = "scripts.stacked_head.without_spare_channels"
 OUTPUT_ARGUMENTS = ("out_channels", "num_classes", "n_classes", "out_chans")
 

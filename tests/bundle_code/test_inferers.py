@@ -7,6 +7,7 @@ from monai.inferers import SlidingWindowInferer
 
 from tools.bundle_code.inferers import MixedPrecisionInferer
 from tools.bundle_code.residual_unet import ResidualUNet3D
+from tools.bundle_code.stunet import STUNet
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +41,14 @@ def test_gradients_flow_in_bfloat16(network):
 def test_other_precisions_are_refused():
     with pytest.raises(ValueError, match="'bfloat16' or 'float32', got 'half'"):
         MixedPrecisionInferer(precision="half")
+
+
+def test_all_outputs_of_a_network_with_deep_supervision_or_the_first():
+    torch.manual_seed(0)
+    network = STUNet(channels=[4, 4, 4], strides=[(2, 2, 2)] * 2, out_channels=3).train()
+    x = torch.rand(1, 1, 8, 8, 8)
+    several = MixedPrecisionInferer(all_outputs=True)(x, network)
+    assert [tuple(level.shape[2:]) for level in several] == [(8, 8, 8), (4, 4, 4)]
+    assert {level.dtype for level in several} == {torch.float32}
+    assert torch.equal(MixedPrecisionInferer()(x, network), several[0])
+    assert isinstance(MixedPrecisionInferer(all_outputs=True)(x, network.eval()), torch.Tensor)

@@ -11,6 +11,8 @@ import torch
 from monai.data import DataLoader, Dataset, MetaTensor, decollate_batch
 from monai.inferers import SlidingWindowInferer
 from monai.transforms import Compose, EnsureChannelFirstd, Invertd, LoadImaged, Orientationd, Spacingd
+from monai.transforms.utils import scale_affine
+from scipy import ndimage
 
 from tools.bundle_code.inferers import MixedPrecisionInferer
 from tools.bundle_code.residual_unet import ResidualUNet3D
@@ -179,6 +181,22 @@ def test_mirrored_windows_are_averaged(network):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_probabilities_are_averaged_where_that_is_asked_for(network):
+    x = image(24, 16, 30)
+
+    def probabilities(window):
+        return (network(window).softmax(1) + network(window.flip(2)).softmax(1).flip(2)) / 2
+
+    with torch.inference_mode():
+        theirs = SlidingWindowInferer(16, 2, 0.5, "gaussian")(x, probabilities)
+        options = {"mirror_axes": [0], "average": "probabilities", "precision": "float32"}
+        ours = SlidingWindow(16, 2, output="logits", **options)(x, network)
+        labels = SlidingWindow(16, 2, **options)(x, network)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert torch.equal(labels, ours.argmax(1, keepdim=True).to(labels))
+    assert not torch.equal(labels, SlidingWindow(16, 2, mirror_axes=[0], precision="float32")(x, network))
+
+
 @pytest.mark.parametrize("output", ["labels", "logits"])
 def test_windows_of_air_are_not_looked_at(output):
     x = image(16, 16, 80)
@@ -237,6 +255,34 @@ def test_smooth_labels_are_the_argmax_of_monais_inverted_logits(tmp_path, codes,
     assert ((item["smooth"][0] == nearest).float().mean() == 1) == (spacing is None)
 
 
+@pytest.mark.parametrize("size, thick, apart", [((25, 31, 20), 1, None), ((13, 16, 10), 1, None), ((30, 19, 6), 4, 2)])
+def test_fast_labels_are_nnunets_interpolated_masks(size, thick, apart):
+    """Each label's mask resized by scipy, the labels in ascending order where it is a half or more."""
+    torch.manual_seed(0)
+    network = torch.nn.Conv3d(1, 5, 5, padding=2)
+    torch.nn.init.normal_(network.weight)
+    before = (26, 20, 24)
+    original = torch.diag(torch.tensor([1.0, 1.0, thick, 1.0])).double()
+    affine = original @ torch.from_numpy(scale_affine(size, before)).double()  # borders stay where they were
+    x = MetaTensor(image(*before), affine, {"original_affine": original, "spatial_shape": list(size)})
+    with torch.inference_mode():
+        options = {"windows": "nnunet", "precision": "float32"}
+        labels = SlidingWindow(16, 3, **options)(x, network)[0, 0].numpy()
+        fast = SlidingWindow(16, 3, output="fast_labels", **options)(x, network)
+    expected = np.zeros(size, np.uint8)
+    factors = [new / old for new, old in zip(size, before)]
+    for label in np.unique(labels):
+        mask = (labels == label).astype(float)
+        for axis in range(3):
+            steps = [factors[axis] if other == axis else 1 for other in range(3)]
+            mask = ndimage.zoom(mask, steps, order=0 if axis == apart else 1, mode="nearest", grid_mode=True)
+        expected[mask >= 0.5 - 1e-9] = label
+    assert fast.shape == (1, 1, *size)
+    assert len(np.unique(expected)) == 5
+    assert (fast[0, 0].numpy() == expected).mean() > 0.9999
+    assert not np.array_equal(expected, ndimage.zoom(labels, factors, order=0, mode="nearest", grid_mode=True))
+
+
 def test_smooth_labels_need_the_images_geometry(network):
     inferer = SlidingWindow(16, output="smooth_labels")
     with pytest.raises(ValueError, match="a MetaTensor from LoadImaged"):
@@ -251,7 +297,8 @@ def test_what_cannot_be_is_refused():
     for options, message in (
         ({"mode": "hann"}, "mode must be one of 'gaussian', 'constant', got 'hann'"),
         ({"windows": "evenly"}, "windows must be one of 'monai', 'nnunet'"),
-        ({"output": "label"}, "output must be one of 'labels', 'smooth_labels', 'logits'"),
+        ({"output": "label"}, "output must be one of 'labels', 'smooth_labels', 'fast_labels', 'logits'"),
+        ({"average": "votes"}, "average must be one of 'logits', 'probabilities', got 'votes'"),
         ({"overlap": 1.0}, "overlap must be at least 0 and below 1, got 1.0"),
         ({"precision": "half"}, "precision must be"),
     ):

@@ -1,4 +1,4 @@
-"""AdamW for a backbone and a head with settings of their own, and with decay towards a starting point."""
+"""Optimisers for a backbone and a head with settings of their own: AdamW with decay towards a starting point, and SGD."""
 
 from __future__ import annotations
 
@@ -42,6 +42,27 @@ def adamw(
         return torch.optim.AdamW(groups)
     groups[0].update(weight_decay=0.0, decay_to_start=weight_decay)
     return AdamWToStart(groups, start=[[pretrained[name] for name in backbone], None])
+
+
+def sgd(
+    network: nn.Module, head: list[str], lr: float, head_lr: float, weight_decay: float, momentum: float = 0.99
+) -> torch.optim.SGD:
+    """Gradient descent with Nesterov momentum in two parameter groups, backbone and head: nnU-Net's, where their rates are equal.
+
+    Args:
+        network: its parameters are optimised.
+        head: names of the head's tensors.
+        lr: backbone learning rate. STU-Net's paper fine-tunes with a tenth of the head's, its published code with the same.
+        head_lr: head learning rate.
+        weight_decay: of all parameters, as part of the gradient.
+        momentum: of the gradients.
+    """
+    parameters = dict(network.named_parameters())
+    groups = [
+        {"params": [parameter for name, parameter in parameters.items() if name not in head], "lr": lr},
+        {"params": [parameters[name] for name in head if name in parameters], "lr": head_lr},
+    ]
+    return torch.optim.SGD(groups, momentum=momentum, nesterov=True, weight_decay=weight_decay)
 
 
 class AdamWToStart(torch.optim.AdamW):

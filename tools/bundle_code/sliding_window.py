@@ -18,7 +18,7 @@ from monai.inferers import Inferer
 from monai.utils import ensure_tuple_rep, fall_back_tuple
 from torch import Tensor, nn
 
-from .image_grid import image_grid, onto_image_grid, thick_axis
+from .image_grid import image_grid, labels_onto_image_grid, onto_image_grid, thick_axis
 from .inferers import MixedPrecisionInferer
 
 Box = tuple[slice, ...]
@@ -42,20 +42,24 @@ class SlidingWindow(Inferer):
         windows: ``"monai"``: steps of equal length, the last window moved back to the border, a Gaussian that is nowhere below
             0.001. ``"nnunet"``: windows evenly spread, a Gaussian around voxel ``size // 2``; σ is an eighth of the size in both;
             smooth labels are not interpolated across slices that are more than three times as thick as wide.
-        mirror_axes: spatial axes 0, 1, 2 that windows are flipped along, in all combinations; their logits are averaged. Only for
+        mirror_axes: spatial axes 0, 1, 2 that windows are flipped along, in all combinations, and averaged. Only for
             networks trained with such flips: others take left for right.
         skip_below: do not look at windows in which no voxel, as preprocessed, is above this value (air); they are background.
         output: ``"labels"``; ``"smooth_labels"``, on the grid of the image as it was loaded, where linearly interpolated logits
-            compete, and all is background that preprocessing cropped; or ``"logits"``, float32.
+            compete, and all is background that preprocessing cropped; ``"fast_labels"``, on that grid too, where the masks of
+            labels are interpolated, as in nnU-Net 1's fast mode; or ``"logits"``, float32.
+        average: of windows that overlap and are mirrored, ``"logits"``, as in nnU-Net 2, or ``"probabilities"``: their softmax,
+            as in nnU-Net 1; these then compete.
         precision: see ``MixedPrecisionInferer``.
 
     Shapes:
         Image ``(N, channels, D, H, W)`` to labels ``(N, 1, D, H, W)``, uint8, or int16 for more than 256 channels, or to logits
-        ``(N, C, D, H, W)``; a MetaTensor to a MetaTensor. Smooth labels are ``(N, 1, X, Y, Z)``, the image's as it was loaded.
+        ``(N, C, D, H, W)``; a MetaTensor to a MetaTensor. Smooth and fast labels are ``(N, 1, X, Y, Z)``, the image's as it was
+        loaded.
 
     Raises:
-        ValueError: another mode, kind of windows, output or precision; an overlap outside [0, 1); a network whose output is not
-            one tensor of the window's size; smooth labels of an image that is no MetaTensor, or was turned.
+        ValueError: another mode, kind of windows, output, average or precision; an overlap outside [0, 1); a network whose output
+            is not one tensor of the window's size; smooth or fast labels of an image that is no MetaTensor, or was turned.
 
     Source: the windows of nnU-Net are described in Isensee et al., "nnU-Net: a self-configuring method for deep learning-based
     biomedical image segmentation", Nature Methods 2021.
@@ -71,13 +75,15 @@ class SlidingWindow(Inferer):
         mirror_axes: Sequence[int] = (),
         skip_below: float | None = None,
         output: str = "labels",
+        average: str = "logits",
         precision: str = "bfloat16",
     ) -> None:
         super().__init__()
         for name, value, choices in (
             ("mode", mode, ("gaussian", "constant")),
             ("windows", windows, ("monai", "nnunet")),
-            ("output", output, ("labels", "smooth_labels", "logits")),
+            ("output", output, ("labels", "smooth_labels", "fast_labels", "logits")),
+            ("average", average, ("logits", "probabilities")),
         ):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
@@ -91,6 +97,8 @@ class SlidingWindow(Inferer):
         self.mirror_axes = tuple(mirror_axes)
         self.skip_below = skip_below
         self.output = output
+        self.on_image_grid = output in ("smooth_labels", "fast_labels")
+        self.average = average
         self.mixed_precision = MixedPrecisionInferer(precision=precision)
 
     def __call__(self, inputs: Tensor, network: nn.Module | Network, *args: Any, **kwargs: Any) -> Tensor:
@@ -108,7 +116,7 @@ class SlidingWindow(Inferer):
         """
         with torch.no_grad():
             results = [self._one_image(inputs[n], networks, *args, **kwargs) for n in range(len(inputs))]
-        if self.output == "smooth_labels":
+        if self.on_image_grid:
             return collate_meta_tensor(results)
         result = torch.stack(results) if len(results) > 1 else results[0][None]  # a copy of logits would be large
         return MetaTensor(result).copy_meta_from(inputs) if isinstance(inputs, MetaTensor) else result
@@ -116,20 +124,23 @@ class SlidingWindow(Inferer):
     def _one_image(self, image: Tensor, networks: Sequence[AbstractContextManager[Network]], *args, **kwargs) -> Tensor:
         smooth = self.output == "smooth_labels"
         plain = image.as_tensor() if isinstance(image, MetaTensor) else image
-        size, to_network_grid = image_grid(image) if smooth else (plain.shape[1:], None)
-        apart = self._apart(image, to_network_grid) if smooth else None
-        folded = Logits(size) if self.output == "logits" else LabelMap(size, len(networks) > 1, plain.device)
+        size, to_network_grid = image_grid(image) if self.on_image_grid else (plain.shape[1:], None)
+        apart = self._apart(image, to_network_grid) if self.on_image_grid else None
+        sweep = self._sweep(plain)[0]
+        folded_size = size if smooth else plain.shape[1:]
+        folded = Logits(size) if self.output == "logits" else LabelMap(folded_size, len(networks) > 1, plain.device)
         for number, context in enumerate(networks):
             with context as network:
                 pieces = self._finished(plain, network, *args, **kwargs)
                 if smooth:
-                    sweep = self._sweep(plain)[0]
                     pieces = onto_image_grid(pieces, plain.shape[1:], sweep, size, to_network_grid, apart)
                 for box, logits in pieces:
                     folded.add(number, box, logits)
                     del logits  # before the next windows come
         result = folded.result()
-        if not smooth:
+        if self.output == "fast_labels":
+            result = labels_onto_image_grid(result[0], sweep, size, to_network_grid, apart)[None]
+        if not self.on_image_grid:
             return result
         return MetaTensor(result, image.meta["original_affine"], {k: v for k, v in image.meta.items() if k != "affine"})
 
@@ -201,7 +212,7 @@ class SlidingWindow(Inferer):
             del outputs, output, logits, part, total  # before the next ones come
 
     def _predict(self, batch: Tensor, network: Network, *args: Any, **kwargs: Any) -> Tensor:
-        """Logits of windows ``(B, C, d, h, w)``, averaged over the mirrored ones."""
+        """Logits or probabilities of windows ``(B, C, d, h, w)``, averaged over the mirrored ones."""
         flips = [
             [2 + axis for axis in axes]
             for count in range(len(self.mirror_axes) + 1)
@@ -215,6 +226,8 @@ class SlidingWindow(Inferer):
                 raise ValueError(
                     f"the network must give one tensor of its window's size, got {found} for {tuple(batch.shape)}"
                 )
+            if self.average == "probabilities":
+                output = output.float().softmax(1)
             if len(flips) == 1:
                 return output
             part = (output.flip(flip) if flip else output).float() / len(flips)

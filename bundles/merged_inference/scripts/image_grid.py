@@ -1,4 +1,4 @@
-"""Bring logits from the network's grid onto the image's own, slab by slab, by linear interpolation; the argmax comes last."""
+"""Bring logits, or labels, from the network's grid onto the image's own, slab by slab, by linear interpolation."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 PIECE = 2**24  # logits that are interpolated at a time
 BORDER = 0.501  # of a voxel: what lies further outside of a volume is not part of it
+ROUNDING = 1e-6  # of interpolated masks
 THICK = 3  # times as thick as wide are slices across which nnU-Net does not interpolate
 
 
@@ -97,6 +98,38 @@ def onto_image_grid(
                 places = dict(zip(order, (slice(number, number + 1), part, columns.inside), strict=True))
                 yield tuple(places[axis] for axis in range(3)), logits[None].permute(*np.argsort(order).tolist(), 3)
         before = slab[-1].clone()
+
+
+def labels_onto_image_grid(
+    labels: Tensor, sweep: int, image_size: Sequence[int], matrix: np.ndarray, apart: int | None = None
+) -> Tensor:
+    """Interpolate the mask of each label: where that gives a half or more is the label, the larger one of two; else background.
+
+    Args:
+        labels: a label map of the volume, ``(d, h, w)``.
+        sweep: the axis along which it is done, slab by slab.
+        image_size: see ``onto_image_grid``, like ``matrix`` and ``apart``.
+
+    Returns:
+        The label map on the image's grid, background where that lies outside of the volume.
+
+    Raises:
+        ValueError: the matrix turns axes.
+    """
+    present = labels.unique().flip(0)  # the first of equals is the largest label
+    planes = max(1, PIECE * labels.shape[sweep] // (labels.numel() * len(present)))
+
+    def masks() -> Iterator[tuple[tuple[slice, ...], Tensor]]:
+        for first in range(0, labels.shape[sweep], planes):
+            box = [slice(0, length) for length in labels.shape]
+            box[sweep] = slice(first, min(first + planes, labels.shape[sweep]))
+            yield tuple(box), (labels[tuple(box)][..., None] == present).float()
+
+    result = torch.zeros(tuple(image_size), dtype=labels.dtype, device=labels.device)
+    for box, shares in onto_image_grid(masks(), labels.shape, sweep, image_size, matrix, apart):
+        share, number = shares.max(-1)
+        result[box] = torch.where(share > 0.5 - ROUNDING, present[number], 0)
+    return result
 
 
 class Line:

@@ -17,32 +17,44 @@ class MixedPrecisionInferer(Inferer):
         inferer: what does the work: ``SimpleInferer`` when None, or a ``SlidingWindowInferer``.
         precision: ``"bfloat16"``, where the processor computes in it (see ``autocast``), or ``"float32"`` for full precision.
         channels_last: memory format of the input, which the network's convolutions then keep.
+        all_outputs: give all outputs of a network that has several, as deep supervision needs them, not the first one.
 
     Raises:
         ValueError: another ``precision``.
     """
 
-    def __init__(self, inferer: Inferer | None = None, precision: str = "bfloat16", channels_last: bool = True) -> None:
+    def __init__(
+        self,
+        inferer: Inferer | None = None,
+        precision: str = "bfloat16",
+        channels_last: bool = True,
+        all_outputs: bool = False,
+    ) -> None:
         super().__init__()
         if precision not in ("bfloat16", "float32"):
             raise ValueError(f"precision must be 'bfloat16' or 'float32', got {precision!r}")
         self.inferer = inferer or SimpleInferer()
         self.precision = precision
         self.channels_last = channels_last
+        self.all_outputs = all_outputs
 
-    def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        def forward(window: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            return self.forward(network, window, *args, **kwargs).float()
+    def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor | list[Tensor]:
+        def forward(window: Tensor, *args: Any, **kwargs: Any) -> Tensor | list[Tensor]:
+            output = self.forward(network, window, *args, **kwargs)
+            return output.float() if isinstance(output, Tensor) else [level.float() for level in output]
 
         plain = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs
         return self.inferer(plain, forward, *args, **kwargs)
 
-    def forward(self, network: Callable[..., Any], window: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """One pass of the network, whose output at full size keeps the precision that it was computed in."""
+    def forward(
+        self, network: Callable[..., Any], window: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor | Sequence[Tensor]:
+        """One pass of the network, whose output keeps the precision that it was computed in."""
         if self.channels_last and window.ndim == 5:
             window = window.contiguous(memory_format=torch.channels_last_3d)
         with autocast(window.device, self.precision):
-            return full_size(network(window, *args, **kwargs))
+            output = network(window, *args, **kwargs)
+            return output if self.all_outputs else full_size(output)
 
 
 def autocast(device: torch.device, precision: str = "bfloat16") -> torch.autocast:

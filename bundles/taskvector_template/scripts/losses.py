@@ -1,6 +1,8 @@
-"""The segmentation loss of a canonical head: Dice + binary cross-entropy on the organ channels, background left out."""
+"""Segmentation losses: Dice + binary cross-entropy of a canonical head, and deep supervision for any loss."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from monai.losses import DiceLoss
@@ -36,6 +38,40 @@ class DiceBCELoss(nn.Module):
             present = target.flatten(2).amax(2)
             dice = (dice * present).sum() / present.sum().clamp(min=1)
         return dice.mean() + nn.functional.binary_cross_entropy_with_logits(logits, target)
+
+
+class DeepSupervision(nn.Module):
+    """A loss at every resolution that a network gives logits of, each with half the weight of the next finer one.
+
+    As nnU-Net has it and MONAI's ``DeepSupervisionLoss`` has not: the coarsest has no part, and the weights sum to one. Five are
+    8/15, 4/15, 2/15, 1/15 and 0. One that has no part is not computed, so that its head is not trained.
+
+    Args:
+        loss: of logits and a label map ``(N, 1, ...)`` of their size.
+
+    Shapes:
+        a sequence of logits ``(N, C, ...)``, the finest first, and a label map ``(N, 1, ...)`` of the finest size, to a scalar.
+        Labels are brought to coarser sizes by their nearest neighbours. One tensor of logits is given to the loss as it is.
+
+    Source: Isensee et al., "nnU-Net: a self-configuring method for deep learning-based biomedical image segmentation", Nature
+    Methods 2021.
+    """
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, logits: Sequence[Tensor] | Tensor, target: Tensor) -> Tensor:
+        target = _plain(target)
+        if isinstance(logits, Tensor):
+            return self.loss(_plain(logits), target)
+        weights = [0.5**level for level in range(max(1, len(logits) - 1))]
+        labels = target.float()  # not every integer type can be interpolated
+        total = sum(
+            weight * self.loss(level, nn.functional.interpolate(labels, size=level.shape[2:], mode="nearest-exact"))
+            for weight, level in zip(weights, map(_plain, logits), strict=False)
+        )
+        return total / sum(weights)
 
 
 def _plain(x: Tensor) -> Tensor:
