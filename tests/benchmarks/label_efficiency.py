@@ -2,9 +2,9 @@
 
 ``python -m tests.benchmarks.label_efficiency --dataset_dir <Dataset903_Hippocampus> --output runs/label_efficiency``
 
-Everything goes through the project's own commands, each of which is printed; a run that was stopped goes on. Of the dataset's
-labelled cases ten, chosen by a seed, are the labelled ones: eight train, two choose the epoch. All other images without labels in use
-are pre-trained on. The cases of labelsTs test, and are never seen before. "Scratch" is a starting point with random weights.
+Everything goes through the project's own commands, each of which is printed; a run that was stopped goes on. Of the cases of
+labelsTr ten, chosen by a seed, keep their labels: eight train, two choose the epoch. The images of all others are pre-trained on.
+The cases of labelsTs test, and are never seen before. "Scratch" is a starting point with random weights.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ from .group_norm import GroupNorm3d
 class SampleNorm(GroupNorm3d):
     """Normalise each channel of each sample by its own mean and variance, with a trained scale and shift.
 
-    The published network normalises by the statistics of the batch even when it predicts, so that an output depends on what else is
-    in the batch. With a batch of one this is the same; in a larger one no window changes another. The running statistics of a
-    published file were never used, and are passed over when it is loaded.
+    The published network normalises by the statistics of the batch even when it predicts, so that an output depends on what
+    else is in the batch. With a batch of one this is the same; in a larger one no window changes another. The running statistics
+    of a published file were never used, and are passed over when it is loaded.
     """
 
     def __init__(self, channels: int) -> None:
@@ -78,12 +78,13 @@ class GenesisUNet3D(nn.Module):
 
     Args:
         in_channels: image channels.
-        out_channels: logits. In this project's bundles channel 0 is background, its row of the head zero at the start and for ever,
-            as it is left out of the losses; a network with one channel has no background.
+        out_channels: logits. In this project's bundles channel 0 is background: its row of the head starts as zeros and stays so,
+            as the losses leave it out; a network with one channel has no background.
         width: the resolutions have ``2 * width`` to ``16 * width`` channels.
 
     Shapes:
-        ``(N, in_channels, D, H, W)`` to ``(N, out_channels, D, H, W)``; each side a multiple of 8.
+        ``(N, in_channels, D, H, W)`` to ``(N, out_channels, D, H, W)``; each side a multiple of 8, one of
+        them larger than 8.
 
     Raises:
         ValueError: another size.
@@ -107,9 +108,10 @@ class GenesisUNet3D(nn.Module):
                 self.out_tr.final_conv.bias[0].zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        if any(side % 8 for side in x.shape[2:]):
+        if any(side % 8 for side in x.shape[2:]) or max(x.shape[2:]) < 16:
+            size = " x ".join(map(str, x.shape[2:]))
             raise ValueError(
-                f"each side of the input must be a multiple of 8 voxels, got {' x '.join(map(str, x.shape[2:]))}"
+                f"each side of the input must be a multiple of 8 voxels, and one larger than 8; got {size}"
             )
         skips = []
         for down in (self.down_tr64, self.down_tr128, self.down_tr256):

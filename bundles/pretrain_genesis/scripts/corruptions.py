@@ -1,7 +1,7 @@
-"""Corruptions of images in [0, 1], which a network learns to undo: those of Models Genesis, and the masking of a masked autoencoder.
+"""Corruptions of images in [0, 1], to be undone by a network: those of Models Genesis, and the masking of masked autoencoders.
 
-All of them leave what they are given as it is and return a new array, so that a copy of the image can be the target. They draw from
-their own ``R``: the same seed gives the same corruption.
+All of them leave what they are given as it is and return a new array, so that the target, too, may be that. They draw from their
+own ``R``: the same seed gives the same corruption.
 
 Source: Zhou et al., "Models Genesis", Medical Image Analysis 67:101840, 2021. Rates and sizes are those of the authors' published
 programs, noise included (their paper speaks of a constant value). Independent implementation.
@@ -10,6 +10,7 @@ programs, noise included (their paper speaks of a constant value). Independent i
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -31,8 +32,8 @@ SMALLEST = 14  # voxels that the windows of out-painting need along each axis
 class RandLocalShuffled(RandomizableTransform, MapTransform):
     """Shuffle voxels inside many small blocks: the texture goes, the shape stays.
 
-    Every block is read from the untouched image and written to a copy, so that blocks do not compound; where they overlap the last
-    one wins. Along an axis of d voxels a block has 1 to d // 10. Channels are shuffled one by one.
+    Every block is read from the untouched image and written to a copy, so that blocks do not compound; where they overlap the
+    last one wins. Along an axis of d voxels a block has 1 to d // 10. Channels are shuffled one by one.
 
     Args:
         keys: images ``(C, …)``.
@@ -184,7 +185,7 @@ def shuffle_blocks(image: np.ndarray, R: RandomState, blocks: int = BLOCKS) -> n
     order = np.argsort(kinds, kind="stable")
     bounds = np.flatnonzero(np.diff(kinds[order], prepend=-1, append=-1))
     generator = Generator(np.random.SFC64(R.randint(2**31)))
-    for low, high in zip(bounds[:-1], bounds[1:], strict=True):
+    for low, high in pairwise(bounds):
         same = order[low:high]
         inside = _offsets(sizes[same[0]], image.shape)
         place = (ends[same] - inside.size)[:, None] + np.arange(inside.size)

@@ -27,8 +27,8 @@ def unlabelled_images(
     Which part an image belongs to is decided by its file's name and the seed, wherever the folder lies.
 
     Args:
-        dataset_dir: folders of images, or nnU-Net datasets, of which imagesTr is taken: images to test on stay unseen unless their
-            folder is named.
+        dataset_dir: folders of images, or nnU-Net datasets, of which imagesTr is taken: images to test on stay unseen unless
+            their folder is named.
         part: "train" or "val".
         channels: of an image.
         held_out: share of the images for "val", at least one of them.
@@ -72,8 +72,8 @@ class RestorationLoss(nn.Module):
     """Mean squared error of the restored image: over all voxels, or over those that a mask names.
 
     Shapes:
-        logits ``(N, 1 + C, …)`` and the image before it was corrupted, ``(N, C, …)``, to a scalar; with one channel more, the last
-        one of the image is the mask, 1 where the error counts.
+        logits ``(N, 1 + C, …)`` and the image before it was corrupted, ``(N, C, …)``, to a scalar; with one channel more, the
+        last one of the image is the mask, 1 where the error counts.
 
     Raises:
         ValueError: other channels.
@@ -84,8 +84,8 @@ class RestorationLoss(nn.Module):
         channels = logits.shape[1] - 1
         if target.shape[1] not in (channels, channels + 1):
             raise ValueError(
-                f"the network restores {channels} channel(s), the image has {target.shape[1]}: set out_channels of network_def to "
-                "1 + the number of image channels"
+                f"the network restores {channels} channel(s), the image has {target.shape[1]}: set out_channels of network_def "
+                "to 1 + the number of image channels"
             )
         error = (restored(logits) - target[:, :channels]) ** 2
         if target.shape[1] == channels:
@@ -120,10 +120,9 @@ class RestorationPicture:
         axes = figure.subplots(len(original), len(columns), squeeze=False)
         for column, (title, images) in enumerate(columns.items()):
             for row in range(len(original)):
-                plane = images[row, 0]
-                axes[row][column].imshow(
-                    plane[..., plane.shape[-1] // 2].T, cmap="gray", vmin=0, vmax=1, origin="lower"
-                )
+                plane = images[row, 0, ..., images.shape[-1] // 2].T
+                low, high = (None, None) if title == "corrupted" else (0, 1)  # the network's input may be standardised
+                axes[row][column].imshow(plane, cmap="gray", vmin=low, vmax=high, origin="lower")
                 axes[row][column].axis("off")
             axes[0][column].set_title(title, color="white", fontsize=9)
         figure.tight_layout(pad=0.3)
