@@ -75,10 +75,7 @@ def _write(folder: Path, source: str, checkpoint: Path, conversion: Conversion) 
             path.unlink()
     for name, text in scripts.items():
         (folder / "scripts" / name).write_text(text)
-    copies = {id(tensor): tensor.detach().contiguous().clone() for tensor in conversion.tensors.values()}
-    tensors = {
-        name: copies[id(tensor)] for name, tensor in conversion.tensors.items()
-    }  # one copy for all names of a tensor
+    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in conversion.tensors.items()}
     torch.save(tensors, folder / "models" / "model.pt")
     converted = {"source": source, "file": checkpoint.name, "tool_version": __version__}
     if checkpoint.is_file():

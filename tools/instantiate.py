@@ -18,9 +18,8 @@ CONFIGS_WITH_NETWORK = ("train.json", "inference.json")
 
 
 def data_facts(dataset_dir: str | Path) -> dict[str, str]:
-    """What a dataset's dataset.json says of it, if there is one: its name (or else its folder's), "licence" and "reference"."""
-    description = Path(dataset_dir) / "dataset.json"
-    said = read_json(description) if description.is_file() else {}
+    """What an nnU-Net dataset says of itself: its name (or else its folder's) as "dataset", "licence" and "reference"."""
+    said = read_json(Path(dataset_dir) / "dataset.json")
     facts = {"dataset": said.get("name") or Path(dataset_dir).resolve().name}
     facts |= {
         name: said.get(name) or said.get(other) for name, other in (("licence", "license"), ("reference", "reference"))

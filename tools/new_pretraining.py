@@ -54,7 +54,7 @@ def new_pretraining(
         apply_overlays(folder, overlay)
         if patch_size:
             set_values(folder, {"patch_size": [patch_size] * 3})
-        data = data_facts(folders[0]) if len(folders) == 1 else _several(folders)
+        data = _facts(folders)
         dataset, learned = data["dataset"], ", ".join(label_map) or "images without labels"
         update_metadata(
             folder,
@@ -94,12 +94,13 @@ def _check_images(folders: list[str], channels: int) -> None:
         raise UserError(str(error)) from None
 
 
-def _several(folders: list[str]) -> dict[str, str]:
-    """What several datasets say of themselves, as one."""
-    facts = [data_facts(folder) for folder in folders]
-    return {
-        name: "; ".join(dict.fromkeys(f[name] for f in facts if name in f)) for name in {k: 0 for f in facts for k in f}
-    }
+def _facts(folders: list[str]) -> dict[str, str]:
+    """What datasets say of themselves, as one; a folder of images without a dataset.json has its name."""
+    said = [
+        data_facts(f) if (Path(f) / "dataset.json").is_file() else {"dataset": Path(f).resolve().name} for f in folders
+    ]
+    names = dict.fromkeys(name for facts in said for name in facts)
+    return {name: "; ".join(dict.fromkeys(facts[name] for facts in said if name in facts)) for name in names}
 
 
 def apply_overlays(folder: Path, overlay: str | tuple) -> None:

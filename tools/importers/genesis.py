@@ -211,7 +211,7 @@ def _conversion(
                     f"{checkpoint}: {source} is {tuple(tensor.shape)}, its rows should be {tuple(new.shape[1:])}"
                 )
             found[name] = torch.cat([torch.zeros_like(row), row.to(new.dtype)])
-            origins[name] = f"the last row of {source}, under a row of zeros" if source else "new: zeros"
+            origins[name] = "new: zeros" if tensor is None else f"the last row of {source}, under a row of zeros"
         elif tensor is not None and tensor.shape == new.shape:
             found[name], origins[name] = tensor, source
         elif "transp_conv" in name and tensor is not None:
@@ -220,7 +220,7 @@ def _conversion(
         else:
             shape = "missing" if tensor is None else tuple(tensor.shape)
             raise UserError(
-                f"{checkpoint}: {source or name} is {shape}, the network's is {tuple(new.shape)}: nothing was loaded, because "
+                f"{checkpoint}: {source or f'what becomes {name}'} is {shape}, the network's is {tuple(new.shape)}: nothing was loaded, because "
                 "the blocks of convolutions must all fit"
             )
     used = {names[name] for name in found if name in names}
