@@ -177,7 +177,7 @@ def test_what_does_not_fit_is_an_error_and_not_a_training_from_scratch(tmp_path)
     )
     cases["tu.3.weight"] = save(tmp_path / "half.model", {n: t for n, t in state.items() if n != "tu.3.weight"})
     cases["neither down_tr64"] = save(tmp_path / "other.model", {"encoder.weight": torch.zeros(2)})
-    cases["nobody knows what tensor"] = save(tmp_path / "more.model", state | {"conv_blocks_context.9": torch.zeros(1)})
+    cases["nobody knows what tensor"] = save(tmp_path / "more.model", state | {"stranger": torch.zeros(1)})
     unet = published_state(GenesisUNet3D(1, 1, width=2))
     cases["down_tr512.ops.1.bn1.bias"] = save(
         tmp_path / "unet.pt", {n: t for n, t in unet.items() if n != "down_tr512.ops.1.bn1.bias"}

@@ -218,10 +218,11 @@ def _conversion(
             found[name], origins[name] = new, f"new, at random: {source} is {tuple(tensor.shape)}"
             left_out[source] = f"the network's is {tuple(new.shape)}"
         else:
+            what = source or f"what becomes {name}"
             shape = "missing" if tensor is None else tuple(tensor.shape)
             raise UserError(
-                f"{checkpoint}: {source or f'what becomes {name}'} is {shape}, the network's is {tuple(new.shape)}: nothing was loaded, because "
-                "the blocks of convolutions must all fit"
+                f"{checkpoint}: {what} is {shape}, the network's is {tuple(new.shape)}: nothing was loaded, because the "
+                "blocks of convolutions must all fit"
             )
     used = {names[name] for name in found if name in names}
     for name in tensors:
