@@ -20,8 +20,8 @@ def read(name, config):
     return json.loads((ROOT / "bundles" / name / "configs" / config).read_text())
 
 
-def test_the_four_bundles_are_here():
-    assert BUNDLES == ["merged_inference", "pretrain_amos", "pretrain_cui", "taskvector_template"]
+def test_the_bundles_are_here():
+    assert BUNDLES == ["merged_inference", "pretrain_amos", "pretrain_cui", "pretrain_genesis", "taskvector_template"]
 
 
 @pytest.mark.parametrize("name", BUNDLES)
