@@ -1,4 +1,4 @@
-"""``new_pretraining``: a pre-training bundle for the labels of one dataset."""
+"""``new_pretraining``: a pre-training bundle for the labels of one dataset, or for images without labels."""
 
 from __future__ import annotations
 
@@ -21,20 +21,58 @@ def new_pretraining(
     patch_size: int = 0,
     overwrite: bool = False,
 ) -> None:
-    """Copy a pre-training bundle and make it fit the labels of an nnU-Net dataset.
+    """Copy a pre-training bundle and make it fit an nnU-Net dataset: its labels, or its images where the bundle needs no labels.
 
     Args:
         bundle: the bundle to copy, for example bundles/pretrain_amos.
-        dataset_dir: nnU-Net raw dataset (dataset.json, imagesTr, labelsTr).
+        dataset_dir: nnU-Net raw dataset (dataset.json, imagesTr, labelsTr); for a bundle that needs no labels also a folder of
+            images, or several separated by commas.
         output: folder of the new bundle.
         labels: "all", or a dictionary of channel names and labels: "{kidneys: [2, 3], liver: liver}".
         overlay: overlays of the bundle to write into its configs, for example "stable" or "small,stable".
         patch_size: edge of the training patches and inference windows, voxels, other than the bundle's.
         overwrite: replace the output if it exists.
     """
+    source = Bundle(bundle)
+    supervised = "labels" in read_json(source.path / "configs" / "train.json")
+    if supervised:
+        folders, label_map = [dataset_dir], _label_map(dataset_dir, labels)
+    elif labels != "all":
+        raise UserError(f"{source.path} is trained without labels: leave out --labels")
+    else:
+        folders = dataset_dir.split(",") if isinstance(dataset_dir, str) else list(dataset_dir)
+        label_map = {}
+        _check_images(folders, source.in_channels)
+    for folder in folders:
+        check_channels(folder, source)
+    directories = [str(Path(folder).resolve()) for folder in folders]
+    with complete_output(output, overwrite) as folder:
+        copy_template(source.path, folder)
+        if supervised:
+            set_labels(folder, label_map)
+        set_values(folder, {"dataset_dir": directories[0] if len(directories) == 1 else directories})
+        apply_overlays(folder, overlay)
+        if patch_size:
+            set_values(folder, {"patch_size": [patch_size] * 3})
+        data = _facts(folders)
+        dataset, learned = data["dataset"], ", ".join(label_map) or "images without labels"
+        update_metadata(
+            folder,
+            name=f"{dataset} pre-training",
+            task=f"{'Supervised' if supervised else 'Self-supervised'} pre-training on {learned}, as the starting point of task "
+            "vectors",
+            description=f"A starting point for model merging, {source.name} trained on {dataset}.",
+            data_source=f"{'nnU-Net dataset ' if supervised else ''}{dataset}; not distributed with the bundle",
+            lineage={"data": data},
+        )
+        introduce(folder, f"Starting point: {dataset}", {"dataset": described(data), "learned from": learned})
+    print(f"{output}: {f'{len(label_map)} labels ({learned})' if supervised else learned}")
+
+
+def _label_map(dataset_dir: str, labels: object) -> dict[str, list[int | str]]:
+    """The output channels that the user asked for, checked against the dataset."""
     from tools.bundle_code.nnunet_data import read_labels
 
-    source = Bundle(bundle)
     if labels == "all":
         try:
             labels = {name: [name] for name, values in read_labels(dataset_dir).items() if len(values) == 1}
@@ -43,27 +81,26 @@ def new_pretraining(
     channels = parse_channels(labels)
     if not channels:
         raise UserError('--labels must be "all" or a dictionary such as "{kidneys: [2, 3], liver: liver}"')
-    label_map = resolve(dataset_dir, channels)
-    check_channels(dataset_dir, source)
-    with complete_output(output, overwrite) as folder:
-        copy_template(source.path, folder)
-        set_labels(folder, label_map)
-        set_values(folder, {"dataset_dir": str(Path(dataset_dir).resolve())})
-        apply_overlays(folder, overlay)
-        if patch_size:
-            set_values(folder, {"patch_size": [patch_size] * 3})
-        data = data_facts(dataset_dir)
-        dataset = data["dataset"]
-        update_metadata(
-            folder,
-            name=f"{dataset} pre-training",
-            task=f"Supervised pre-training on {', '.join(label_map)}, as the starting point of task vectors",
-            description=f"A starting point for model merging, {source.name} trained on {dataset}.",
-            data_source=f"nnU-Net dataset {dataset}; not distributed with the bundle",
-            lineage={"data": data},
-        )
-        introduce(folder, f"Starting point: {dataset}", {"dataset": described(data), "labels": ", ".join(label_map)})
-    print(f"{output}: {len(label_map)} labels ({', '.join(label_map)})")
+    return resolve(dataset_dir, channels)
+
+
+def _check_images(folders: list[str], channels: int) -> None:
+    """Refuse folders without images."""
+    from tools.bundle_code.restoration import unlabelled_images
+
+    try:
+        unlabelled_images(folders, "train", channels)
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(str(error)) from None
+
+
+def _facts(folders: list[str]) -> dict[str, str]:
+    """What datasets say of themselves, as one; a folder of images without a dataset.json has its name."""
+    said = [
+        data_facts(f) if (Path(f) / "dataset.json").is_file() else {"dataset": Path(f).resolve().name} for f in folders
+    ]
+    names = dict.fromkeys(name for facts in said for name in facts)
+    return {name: "; ".join(dict.fromkeys(facts[name] for facts in said if name in facts)) for name in names}
 
 
 def apply_overlays(folder: Path, overlay: str | tuple) -> None:

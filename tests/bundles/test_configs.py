@@ -21,7 +21,8 @@ def read(name, config):
 
 
 def test_the_bundles_are_here():
-    assert BUNDLES == ["merged_inference", "pretrain_amos", "pretrain_cui", "pretrain_stunet", "taskvector_template"]
+    starting_points = ["pretrain_amos", "pretrain_cui", "pretrain_genesis", "pretrain_stunet"]
+    assert BUNDLES == ["merged_inference", *starting_points, "taskvector_template"]
 
 
 @pytest.mark.parametrize("name", BUNDLES)

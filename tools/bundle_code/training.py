@@ -24,18 +24,25 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
 
 
 class SeedEpochs:
-    """Make the random numbers of an epoch a function of seed, epoch and process alone, so that a resumed run repeats them."""
+    """Make the random numbers of an epoch a function of seed, epoch and process alone, so that a resumed run repeats them.
 
-    def __init__(self, seed: int, dataset: Any) -> None:
+    Args:
+        seed: of the run.
+        dataset: its random transforms are seeded too.
+        step: added to the seed with every epoch; with 0 all epochs are alike, as those of a random validation should be.
+    """
+
+    def __init__(self, seed: int, dataset: Any, step: int = 1000) -> None:
         self.seed = seed
         self.dataset = dataset
+        self.step = step
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.EPOCH_STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
         rank = dist.get_rank() if dist.is_initialized() else 0
-        seed = (self.seed + 1000 * engine.state.epoch + rank) % 2**31
+        seed = (self.seed + self.step * engine.state.epoch + rank) % 2**31
         set_determinism(seed=seed, use_deterministic_algorithms=None)
         set_rnd(self.dataset, seed=seed)
 

@@ -1,0 +1,154 @@
+"""Fine-tuning from ten labelled cases: after self-supervised pre-training on other images, and from scratch.
+
+``python -m tests.benchmarks.label_efficiency --dataset_dir <Dataset903_Hippocampus> --output runs/label_efficiency``
+
+Everything goes through the project's own commands, each of which is printed; a run that was stopped goes on. Of the cases of
+labelsTr ten, chosen by a seed, keep their labels: eight train, two choose the epoch. The images of all others are pre-trained on.
+The cases of labelsTs test, and are never seen before. "Scratch" is a starting point with random weights.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fire
+import torch
+
+from tools.bundle import Bundle
+from tools.network import instantiate
+
+ROOT = Path(__file__).parents[2]
+PRETRAINING = {"learning_rate": 0.003, "max_epochs": 5, "val_interval": 1, "patches_per_volume": 8}
+FINE_TUNING = {
+    "learning_rate": 0.003,
+    "head_learning_rate": 0.003,
+    "weight_decay": 0,
+    "frozen_epochs": 0,
+    "max_epochs": 6,
+    "val_interval": 2,
+    "patches_per_volume": 10,
+    "warmup_steps": 20,
+}
+OBJECTIVES = {"genesis": "residual,small,mr", "mae": "residual,small,mr,mae"}
+
+
+def label_efficiency(
+    dataset_dir: str, output: str, labels: str = "{anterior: Anterior, posterior: Posterior}", seeds: int = 3
+) -> None:
+    """Pre-train by each objective, fine-tune from each and from scratch, and write results.md.
+
+    Args:
+        dataset_dir: nnU-Net raw dataset with labelsTs.
+        output: folder of the runs.
+        labels: channels to segment.
+        seeds: fine-tunings from each starting point; from scratch each seed has random weights of its own.
+    """
+    folder, dataset = Path(output).resolve(), Path(dataset_dir).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    unlabelled = _split(dataset, folder)
+    seconds: dict[str, float] = {}
+    for objective, overlay in OBJECTIVES.items():
+        words = ["new_pretraining", "--bundle", ROOT / "bundles/pretrain_genesis", "--dataset_dir", unlabelled]
+        _tools(folder / objective, *words, "--overlay", overlay)
+        seconds[objective] = _train(folder / objective, PRETRAINING)
+    for seed in range(seeds):
+        starts = {"scratch": _untrained(folder, seed), **{name: folder / name for name in OBJECTIVES}}
+        for name, start in starts.items():
+            specialist = folder / f"{name}_{seed}"
+            words = ["new_task", "--pretrained", start, "--dataset_dir", dataset, "--task", "hippocampus"]
+            _tools(specialist, *words, "--labels", labels, "--overlay", "small")
+            own = {"split_file": folder / "split.json", "seed": seed}
+            seconds[specialist.name] = _train(specialist, FINE_TUNING | own)
+        bundles = ",".join(str(folder / f"{name}_{seed}") for name in starts)
+        words = ["evaluate", "--bundle", bundles, "--dataset_dir", dataset, "--part", "Ts", "--overlays", "False"]
+        _tools(folder / f"evaluation_{seed}", *words)
+        _report(folder, seed + 1, seconds)
+
+
+def _split(dataset: Path, folder: Path) -> Path:
+    """Write split.json, and links to the images to pre-train on."""
+    names = sorted(path.name.removesuffix(".nii.gz") for path in (dataset / "labelsTr").glob("*.nii.gz"))
+    tested = {path.name.removesuffix(".nii.gz") for path in (dataset / "labelsTs").glob("*.nii.gz")}
+    labelled = random.Random(0).sample(names, 10)
+    images = [*(dataset / "imagesTr").glob("*.nii.gz"), *(dataset / "imagesTs").glob("*.nii.gz")]
+    free = [path for path in sorted(images) if path.name.removesuffix("_0000.nii.gz") not in {*labelled, *tested}]
+    unlabelled = folder / "unlabelled"
+    unlabelled.mkdir(exist_ok=True)
+    for path in free:
+        link = unlabelled / path.name
+        if not link.is_symlink():
+            link.symlink_to(path)
+    split = {"train": sorted(labelled[:8]), "val": sorted(labelled[8:]), "test": sorted(tested)}
+    split["unlabelled"] = [path.name for path in free]
+    (folder / "split.json").write_text(json.dumps([split], indent=2))
+    return unlabelled
+
+
+def _untrained(folder: Path, seed: int) -> Path:
+    """A copy of the first starting point's bundle with random weights."""
+    start = folder / f"random_{seed}"
+    words = ["new_pretraining", "--bundle", ROOT / "bundles/pretrain_genesis", "--dataset_dir", folder / "unlabelled"]
+    _tools(start, *words, "--overlay", OBJECTIVES["genesis"])
+    bundle = Bundle(start)
+    torch.manual_seed(seed)
+    with bundle.code():
+        torch.save(instantiate(bundle.network_def(), ("cpu",)).state_dict(), bundle.model_file)
+    return start
+
+
+def _tools(output: Path, *words: object) -> None:
+    """One of the project's commands, unless its output is there."""
+    if not output.exists():
+        _run("tools", *words, "--output", output)
+
+
+def _train(bundle: Path, settings: dict) -> float:
+    """Train a bundle, and give the seconds that it took; 0 if that is done already."""
+    last = bundle / "checkpoints" / "last.pt"
+    if last.is_file() and torch.load(last, weights_only=True)["epoch"] == settings["max_epochs"]:
+        return 0
+    words = ["--config_file", bundle / "configs/train.json", "--bundle_root", bundle]
+    start = time.perf_counter()
+    _run("monai.bundle", "run", *words, *[word for key, value in settings.items() for word in (f"--{key}", value)])
+    return time.perf_counter() - start
+
+
+def _run(*words: object) -> None:
+    print(f"$ python -m {' '.join(map(str, words))}", flush=True)
+    subprocess.run([sys.executable, "-m", *map(str, words)], cwd=ROOT, check=True)
+
+
+def _report(folder: Path, seeds: int, seconds: dict[str, float]) -> None:
+    """results.md: Dice on the test cases for each starting point, label and seed."""
+    dice: dict[str, dict[str, list[float]]] = {}
+    for seed in range(seeds):
+        with (folder / f"evaluation_{seed}" / "dice.csv").open() as table:
+            for row in csv.DictReader(table):
+                labels = dice.setdefault(row["bundle"].rpartition("_")[0], {})
+                labels.setdefault(row["label"], [[] for _ in range(seeds)])[seed].append(float(row["dice"]))
+    names = list(next(iter(dice.values())))
+    lines = [f"| starting point | {' | '.join(names)} | mean | each seed |", f"|{'---|' * (len(names) + 3)}"]
+    for start, labels in dice.items():
+        means = {name: [statistics.mean(cases) for cases in labels[name]] for name in names}
+        whole = [statistics.mean(means[name][seed] for name in names) for seed in range(seeds)]
+        spread = f" ± {statistics.stdev(whole):.3f}" if seeds > 1 else ""
+        columns = [f"{statistics.mean(means[name]):.3f}" for name in names]
+        lines.append(
+            f"| {start} | {' | '.join(columns)} | {statistics.mean(whole):.3f}{spread} | "
+            f"{', '.join(f'{value:.3f}' for value in whole)} |"
+        )
+    lines += ["", "seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())]
+    text = "\n".join(lines) + "\n"
+    (folder / "results.md").write_text(text)
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    fire.Fire(label_efficiency)
