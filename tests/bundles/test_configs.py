@@ -21,8 +21,9 @@ def read(name, config):
 
 
 def test_the_bundles_are_here():
-    starting_points = ["pretrain_amos", "pretrain_cui", "pretrain_genesis", "pretrain_stunet"]
-    assert BUNDLES == ["merged_inference", *starting_points, "taskvector_template"]
+    names = ["amos", "cui", "genesis", "stunet"]
+    expected = ["merged_inference", *(f"pretrain_{name}" for name in names), "taskvector_template"]
+    assert BUNDLES == expected
 
 
 @pytest.mark.parametrize("name", BUNDLES)
