@@ -23,7 +23,7 @@ def read(name, config):
 def test_the_bundles_are_here():
     names = ["amos", "cui", "genesis", "stunet"]
     expected = ["merged_inference", *(f"pretrain_{name}" for name in names), "taskvector_template"]
-    assert BUNDLES == expected
+    assert expected == BUNDLES
 
 
 @pytest.mark.parametrize("name", BUNDLES)
