@@ -39,6 +39,13 @@ def test_too_few_patients_are_refused(chain):
     assert "three separate groups need 7 at least" in result.stderr
 
 
+def test_a_bundle_that_learns_without_labels_is_refused(tmp_path):
+    result = here("tools", "demo", "--pretrain_bundle", "pretrain_genesis", "--output", tmp_path / "demo")
+    assert result.returncode == 1
+    assert "pretrain_genesis learns without labels" in result.stderr
+    assert not (tmp_path / "demo").exists()
+
+
 def test_the_table_averages_the_tasks_shares_of_their_specialists():
     means = {
         "starting point": {"liver": 0.4, "spleen": 0.2},

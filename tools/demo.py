@@ -79,7 +79,7 @@ def demo(
         tasks: names separated by commas, "liver,spleen"; or a dictionary with several labels for a task,
             "{kidneys: [right kidney, left kidney], liver: liver}". Default: every label of the dataset (four organs of
             the phantom).
-        pretrain_bundle: the bundle that pre-trains, pretrain_amos or pretrain_cui.
+        pretrain_bundle: the bundle that pre-trains, pretrain_amos, pretrain_cui or pretrain_stunet.
         overlay: overlay of the training bundles, "small" for two CPU cores; "" for full size.
         pretrain_epochs: default: the overlay's; with "small" as many as make 1600 steps, and 6 for the phantom.
         finetune_epochs: default: the overlay's, and 4 for the phantom.
@@ -89,6 +89,8 @@ def demo(
         seed: of the phantom, the split and the training.
     """
     root = Path(output)
+    if "labels" not in read_json(BUNDLES / pretrain_bundle / "configs" / "train.json"):
+        raise UserError(f"{pretrain_bundle} learns without labels, so it cannot be compared with what is made from it")
     settings = {"dataset_dir": str(dataset_dir), "pretrain_bundle": pretrain_bundle, "overlay": overlay, "seed": seed}
     sizes = {"pretrain_epochs": pretrain_epochs, "finetune_epochs": finetune_epochs}
     sizes |= {"patch_size": patch_size, "batch_size": batch_size}
@@ -165,8 +167,9 @@ def _specialist(
 def _epochs_for(steps: int, cohorts: Cohorts, bundle: str, batch_size: int) -> int:
     """How many epochs of pre-training with the small overlay make so many steps."""
     cases = json.loads((cohorts.splits / "pretrain.json").read_text())[0]["train"]
-    patches = read_json(BUNDLES / bundle / "configs" / "small.json")["patches_per_volume"]
-    return math.ceil(steps * batch_size / (len(cases) * patches))
+    small = read_json(BUNDLES / bundle / "configs" / "small.json")
+    per_epoch = small.get("iterations_per_epoch") or len(cases) * small["patches_per_volume"] / batch_size
+    return math.ceil(steps / per_epoch)
 
 
 def _same_settings(path: Path, settings: dict[str, object]) -> None:
