@@ -21,7 +21,9 @@ def read(name, config):
 
 
 def test_the_bundles_are_here():
-    assert BUNDLES == ["merged_inference", "pretrain_amos", "pretrain_cui", "pretrain_genesis", "taskvector_template"]
+    assert BUNDLES == [
+        "merged_inference", "pretrain_amos", "pretrain_cui", "pretrain_genesis", "pretrain_lwi", "taskvector_template",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BUNDLES)

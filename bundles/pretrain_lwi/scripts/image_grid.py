@@ -1,0 +1,134 @@
+"""Bring logits from the network's grid onto the image's own, slab by slab, by linear interpolation; the argmax comes last."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from math import prod
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from torch import Tensor
+
+PIECE = 2**24  # logits that are interpolated at a time
+
+
+def image_grid(image: Tensor) -> tuple[tuple[int, ...], np.ndarray]:
+    """The spatial size of an image when it was loaded, and the matrix (4, 4) from its voxels to those of today.
+
+    Raises:
+        ValueError: it is not a MetaTensor that still knows its file.
+    """
+    meta = image.meta if isinstance(image, MetaTensor) else {}
+    if "original_affine" not in meta or "spatial_shape" not in meta:
+        raise ValueError("smooth_labels need an image with its geometry: a MetaTensor from LoadImaged")
+    original, today = (np.asarray(affine, np.float64) for affine in (meta["original_affine"], image.affine))
+    return tuple(int(length) for length in meta["spatial_shape"]), np.linalg.inv(today) @ original
+
+
+def onto_image_grid(
+    pieces: Iterable[tuple[tuple[slice, ...], Tensor]],
+    size: Sequence[int],
+    sweep: int,
+    image_size: Sequence[int],
+    matrix: np.ndarray,
+) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
+    """Interpolate a volume that comes in pieces; beyond its border it goes on as at its border, as in MONAI's ``Spacing``.
+
+    Args:
+        pieces: boxes that tile the volume, each with logits ``(d, h, w, C)``, roughly in the order of one axis.
+        size: of the volume.
+        sweep: that axis.
+        image_size: of the image's grid.
+        matrix: from voxels of the image's grid to those of the volume, (4, 4); axes may be swapped, flipped, scaled and shifted.
+
+    Returns:
+        Boxes that tile the image's grid, each with its logits.
+
+    Raises:
+        ValueError: the matrix turns axes.
+    """
+    image_axes = [int(np.abs(matrix[axis, :3]).argmax()) for axis in range(3)]
+    rest = matrix[:3, :3].copy()
+    rest[range(3), image_axes] = 0
+    if sorted(image_axes) != [0, 1, 2] or (np.abs(rest) @ np.asarray(image_size) > 0.05).any():
+        raise ValueError("smooth_labels need a preprocessing that keeps the directions of the image's axes")
+    lines = [
+        Line(matrix[axis, other], matrix[axis, 3], image_size[other], size[axis])
+        for axis, other in enumerate(image_axes)
+    ]
+    planar = [axis for axis in range(3) if axis != sweep]
+    order = [image_axes[axis] for axis in (sweep, *planar)]
+    rows, columns = (lines[axis] for axis in planar)
+    waiting = deque(np.argsort(lines[sweep].lower, kind="stable").tolist())
+    before = None
+    for start, slab in _slabs(pieces, sweep, size):
+        end = start + len(slab)
+        while waiting and lines[sweep].upper[waiting[0]] < end:
+            number = waiting.popleft()
+            low, high, fraction = (a[number] for a in (lines[sweep].lower, lines[sweep].upper, lines[sweep].fraction))
+            plane = slab[low - start] if low >= start else before
+            if fraction:
+                plane = torch.lerp(plane, slab[high - start], float(fraction))
+            step = max(1, PIECE // (max(plane.shape[1], columns.count) * plane.shape[2]))
+            for first in range(0, rows.count, step):
+                part = slice(first, min(first + step, rows.count))
+                logits = columns.along(1, rows.along(0, plane, part), slice(None))
+                places = dict(zip(order, (slice(number, number + 1), part, slice(0, columns.count)), strict=True))
+                yield tuple(places[axis] for axis in range(3)), logits[None].permute(*np.argsort(order).tolist(), 3)
+        before = slab[-1].clone()
+
+
+class Line:
+    """Linear interpolation along one axis.
+
+    Args:
+        scale: voxels of the volume for each of the image's grid; negative where the axis is flipped.
+        offset: where the image's first voxel lies in the volume.
+        count: voxels of the image's grid.
+        length: voxels of the volume.
+
+    Attributes:
+        lower: the two voxels of the volume around each of the grid, with ``upper``.
+        fraction: how far each lies from the lower to the upper one.
+    """
+
+    def __init__(self, scale: float, offset: float, count: int, length: int) -> None:
+        places = (scale * np.arange(count) + offset).round(6).clip(0, length - 1)
+        self.count = count
+        self.lower = places.astype(np.int64)
+        self.fraction = (places - self.lower).astype(np.float32)
+        self.upper = self.lower + (self.fraction > 0)
+
+    def along(self, axis: int, values: Tensor, part: slice) -> Tensor:
+        """The values at a part of the grid's voxels, along an axis of ``values`` (0 or 1 of 3)."""
+        lower, upper, fraction = (
+            torch.from_numpy(numbers[part]).to(values.device) for numbers in (self.lower, self.upper, self.fraction)
+        )
+        low = values.index_select(axis, lower)
+        if not fraction.any():
+            return low
+        return torch.lerp(low, values.index_select(axis, upper), fraction.reshape(-1, *[1] * (2 - axis)))
+
+
+def _slabs(
+    pieces: Iterable[tuple[tuple[slice, ...], Tensor]], axis: int, size: Sequence[int]
+) -> Iterator[tuple[int, Tensor]]:
+    """Pieces put together to slabs across the volume: the first voxel along the axis, and logits with that axis first."""
+    plane = [length for other, length in enumerate(size) if other != axis]
+    slabs: dict[int, Tensor] = {}
+    missing: dict[int, int] = {}
+    following = 0
+    for box, logits in pieces:
+        start, depth = box[axis].start, logits.shape[axis]
+        if start not in slabs:
+            slabs[start] = logits.new_empty(depth, *plane, logits.shape[-1])
+            missing[start] = depth * prod(plane)
+        others = [side for other, side in enumerate(box) if other != axis]
+        slabs[start][(slice(None), *others)] = logits.movedim(axis, 0)
+        missing[start] -= prod(logits.shape[:-1])
+        while missing.get(following) == 0:
+            slab = slabs.pop(following)
+            yield following, slab
+            following += len(slab)
