@@ -31,7 +31,7 @@ FINE_TUNING = {
     "head_learning_rate": 0.003,
     "weight_decay": 0,
     "frozen_epochs": 0,
-    "max_epochs": 8,
+    "max_epochs": 6,
     "val_interval": 2,
     "patches_per_volume": 10,
     "warmup_steps": 20,

@@ -9,6 +9,7 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, CopyItemsd
 from numpy.random import RandomState
 
+from tests.benchmarks.corruptions import shuffle_one_by_one
 from tools.bundle_code.corruptions import (
     RandBezierIntensityd,
     RandLocalShuffled,
@@ -24,17 +25,6 @@ from tools.bundle_code.corruptions import (
 SHAPE = (64, 64, 32)
 
 
-def shuffled_one_by_one(image, R, blocks=10_000):
-    """The local shuffle as the facts tell it: a loop over blocks."""
-    shuffled = image.copy()
-    for _ in range(blocks):
-        size = [R.randint(1, d // 10 + 1) for d in image.shape]
-        start = [R.randint(0, d - n + 1) for d, n in zip(image.shape, size, strict=True)]
-        window = tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))
-        shuffled[window] = R.permutation(image[window].ravel()).reshape(size)
-    return shuffled
-
-
 def intervals(mask, axis):
     """First and last index of what is True along an axis."""
     found = np.flatnonzero(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))
@@ -45,7 +35,7 @@ def test_the_shuffle_has_the_statistics_of_the_plain_loop_and_is_faster():
     """Voxels are numbered, so that it can be seen where each value came from."""
     image = np.arange(np.prod(SHAPE)).reshape(SHAPE)
     times, found = {}, {}
-    for shuffle in (shuffled_one_by_one, shuffle_blocks):
+    for shuffle in (shuffle_one_by_one, shuffle_blocks):
         start = time.perf_counter()
         moved = shuffle(image, RandomState(0))
         times[shuffle] = time.perf_counter() - start
@@ -58,11 +48,11 @@ def test_the_shuffle_has_the_statistics_of_the_plain_loop_and_is_faster():
             "moved at the border": (distance.sum(0) > 0).reshape(SHAPE)[0].mean(),
         }
         assert distance.max(1).tolist() == [5, 5, 2]  # blocks of 6 x 6 x 3 voxels at most
-    ours, plain = found[shuffle_blocks], found[shuffled_one_by_one]
+    ours, plain = found[shuffle_blocks], found[shuffle_one_by_one]
     for name in ours:
         np.testing.assert_allclose(ours[name], plain[name], rtol=0.15 if "border" in name else 0.05, err_msg=name)
     assert abs(ours["moved"] - 0.78) < 0.02
-    assert times[shuffle_blocks] < times[shuffled_one_by_one] / 3
+    assert times[shuffle_blocks] < times[shuffle_one_by_one] / 3
 
 
 def test_blocks_permute_and_do_not_compound():
