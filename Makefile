@@ -20,6 +20,7 @@ test: .venv/ready  ## everything, as continuous integration runs it; tests whose
 	-$(MAKE) .venv-mergekit/ready
 	-$(MAKE) .venv-monailabel/ready
 	-$(MAKE) .venv-deploy/ready
+	-$(MAKE) .venv-nnunet/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-fast: .venv/ready
@@ -48,7 +49,7 @@ lint: .venv/ready
 	.venv-deploy/bin/python -m pip install --quiet --disable-pip-version-check -r apps/deploy/requirements.txt
 	touch $@
 
-.venv-nnunet/ready:  ## the peer that inference is compared with
+.venv-nnunet/ready:  ## the peer that inference and converted models are compared with
 	test -x .venv-nnunet/bin/python || $(PYTHON) -m venv .venv-nnunet
 	.venv-nnunet/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 monai==1.6.1 nnunetv2==2.8.1
 	touch $@

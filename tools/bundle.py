@@ -225,6 +225,8 @@ def _plain(parser: Any, key: str, value: Any) -> Any:
     if isinstance(value, list):
         entries = [_plain(parser, f"{key}::{i}", v) for i, v in enumerate(value)]
         return [new for new, old in zip(entries, value) if new is not None or old is None]
+    if value == "@device":  # which every bundle has: it is chosen where the bundle runs
+        return value
     if isinstance(value, str) and value[:1] in "@$":
         content = parser.get_parsed_content(key)
         try:

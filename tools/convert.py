@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import json
+from collections.abc import Mapping
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from tools import __version__
-from tools.bundle import Bundle
+from tools.bundle import Bundle, read_json, write_json
 from tools.errors import UserError, nearest
 from tools.importers.conversion import Conversion
-from tools.instantiate import copy_template, introduce, set_labels, set_values, update_metadata
+from tools.instantiate import assemble_scripts, copy_template, introduce, set_labels, set_values, update_metadata
 from tools.lineage import file_sha256
 from tools.network_check import check_fit
 from tools.output import complete_output
-from tools.vendor import BUNDLES, SOURCE, scripts_for
+from tools.vendor import BUNDLES
 from tools.weights_file import WeightsFile
 
 SOURCES = {
@@ -69,23 +72,72 @@ def _write(folder: Path, source: str, checkpoint: Path, conversion: Conversion) 
     copy_template(BUNDLES / conversion.template, folder)
     set_labels(folder, conversion.labels)
     set_values(folder, conversion.values)
-    scripts = scripts_for(folder, SOURCE)
-    for path in (folder / "scripts").glob("*.py"):
-        if path.name not in scripts:
-            path.unlink()
-    for name, text in scripts.items():
-        (folder / "scripts" / name).write_text(text)
-    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in conversion.tensors.items()}
-    torch.save(tensors, folder / "models" / "model.pt")
+    assemble_scripts(folder, conversion.scripts, json.dumps(conversion.values))
+    _set_inputs(folder, conversion)
+    own = {
+        id(tensor): tensor.detach().clone(memory_format=torch.contiguous_format)
+        for tensor in conversion.tensors.values()
+    }
+    torch.save({name: own[id(tensor)] for name, tensor in conversion.tensors.items()}, folder / "models" / "model.pt")
     converted = {"source": source, "file": checkpoint.name, "tool_version": __version__}
     if checkpoint.is_file():
         converted["sha256"] = file_sha256(checkpoint)
     lineage = {**conversion.metadata.pop("lineage", {}), "converted_from": converted}
-    update_metadata(folder, **conversion.metadata, lineage=lineage)
-    introduce(folder, f"Converted: {checkpoint.name}", {"source": SOURCES[source].split(":")[0], **conversion.facts})
+    update_metadata(folder, **{"copyright": "that of the checkpoint's authors", **conversion.metadata}, lineage=lineage)
+    facts = {"source": SOURCES[source].split(":")[0], **conversion.facts}
+    if (folder / "configs" / "train.json").is_file():
+        introduce(folder, f"Converted: {checkpoint.name}", facts)
+    else:
+        (folder / "docs" / "README.md").write_text(_card(f"Converted: {checkpoint.name}", facts, conversion))
     (folder / "docs" / "conversion.md").write_text(_account(checkpoint, conversion))
     bundle = Bundle(folder)
     check_fit(bundle, WeightsFile(bundle.model_file), run_code=True)
+
+
+def _set_inputs(folder: Path, conversion: Conversion) -> None:
+    """What images the network takes, and which packages the bundle needs."""
+    metadata = read_json(folder / "configs" / "metadata.json")
+    formats = metadata["network_data_format"]
+    formats["inputs"]["image"] |= conversion.image
+    formats["outputs"]["pred"]["spatial_shape"] = formats["inputs"]["image"]["spatial_shape"]
+    metadata["required_packages_version"] |= {name: _installed(name) for name in conversion.packages}
+    write_json(folder / "configs" / "metadata.json", metadata)
+    inference = read_json(folder / "configs" / "inference.json")
+    inference["dataset"]["data"]["channels"] = formats["inputs"]["image"]["num_channels"]
+    write_json(folder / "configs" / "inference.json", inference)
+
+
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        raise UserError(
+            f"the bundle needs the package {package}, which is not installed: pip install {package}"
+        ) from None
+
+
+def _card(title: str, facts: Mapping[str, str], conversion: Conversion) -> str:
+    """The README of a bundle without a training of its own."""
+    lines = [f"- {name}: {value}" for name, value in facts.items()]
+    channels = [f"{number}. {label}" for number, label in enumerate(conversion.labels, start=1)]
+    return "\n".join(
+        [
+            f"# {title}\n",
+            *lines,
+            "\nWhat became of each of its tensors: `conversion.md`. Labels in the output (0 is background):\n",
+            *channels,
+            "\nSegment a folder of images, or fine-tune it for a task on an nnU-Net dataset:\n",
+            "```bash",
+            "python -m monai.bundle run --config_file configs/inference.json --bundle_root . --dataset_dir <images> \\",
+            "    --output_dir <label maps>",
+            "python -m tools new_task --pretrained . --dataset_dir <dataset> --task <label> --output <new bundle>",
+            "```\n",
+            "Knobs are at the top of `configs/inference.json`.\n",
+            "## Limits",
+            "Research use; not for diagnosis. The code is Apache-2.0; the terms of use of the weights are those of their authors "
+            "and of the data that they were trained on: look at them before commercial use.\n",
+        ]
+    )
 
 
 def _account(checkpoint: Path, conversion: Conversion) -> str:

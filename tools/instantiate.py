@@ -19,8 +19,12 @@ CONFIGS_WITH_NETWORK = ("train.json", "inference.json")
 
 def data_facts(dataset_dir: str | Path) -> dict[str, str]:
     """What an nnU-Net dataset says of itself: its name (or else its folder's) as "dataset", "licence" and "reference"."""
-    said = read_json(Path(dataset_dir) / "dataset.json")
-    facts = {"dataset": said.get("name") or Path(dataset_dir).resolve().name}
+    return stated_facts(read_json(Path(dataset_dir) / "dataset.json"), Path(dataset_dir).resolve().name)
+
+
+def stated_facts(said: Mapping[str, Any], unnamed: str) -> dict[str, str]:
+    """The same of the content of a dataset.json, with a name for a dataset that has none."""
+    facts = {"dataset": said.get("name") or unnamed}
     facts |= {
         name: said.get(name) or said.get(other) for name, other in (("licence", "license"), ("reference", "reference"))
     }
@@ -98,7 +102,10 @@ def set_starting_point(output: Path, pretrained: Bundle, structure: Structure, o
         dropout = {"dropout": "@dropout"} if "dropout" in network_def and "dropout" in config else {}
         config["network_def"] = {**network_def, **dropout}
         config["preprocessing"] = preprocessing
-        config["patch_size"] = _patch_size(pretrained)
+        config["patch_size"] = patch_size(pretrained)
+        for knob in ("windows", "inferer_output"):  # how its preprocessing is undone
+            if knob in config and knob in pretrained.inference:
+                config[knob] = pretrained.resolved(knob)
         if "head" in config:
             config["head"] = list(structure.head)
         if "pretrained" in config and structure.last_layer:
@@ -109,13 +116,14 @@ def set_starting_point(output: Path, pretrained: Bundle, structure: Structure, o
     path = output / "configs" / "metadata.json"
     metadata = read_json(path)
     metadata["network_data_format"]["inputs"] = pretrained.metadata["network_data_format"]["inputs"]
+    metadata["required_packages_version"] |= pretrained.metadata.get("required_packages_version", {})
     if "image_classes" in pretrained.metadata:
         metadata["image_classes"] = pretrained.metadata["image_classes"]
     metadata["network_data_format"]["outputs"]["pred"]["spatial_shape"] = pretrained.metadata["network_data_format"][
         "outputs"
     ]["pred"]["spatial_shape"]
     write_json(path, metadata)
-    _assemble_scripts(output, pretrained, json.dumps([network_def, preprocessing]))
+    assemble_scripts(output, pretrained.path / "scripts", json.dumps([network_def, preprocessing]))
 
 
 def set_spare_channels(output: Path, spare: int) -> None:
@@ -160,7 +168,12 @@ def _add_scripts(output: Path, module: str) -> None:
         (output / "scripts" / name).write_text(text)
 
 
-def _patch_size(pretrained: Bundle) -> list[int]:
+def patch_size(pretrained: Bundle) -> list[int]:
+    """The size of a bundle's windows.
+
+    Raises:
+        UserError: its inference.json does not say it.
+    """
     for key in ("patch_size", "roi_size"):
         if key in pretrained.inference:
             return pretrained.resolved(key)
@@ -170,12 +183,21 @@ def _patch_size(pretrained: Bundle) -> list[int]:
     return size
 
 
-def _assemble_scripts(output: Path, pretrained: Bundle, from_pretrained: str) -> None:
-    """Network and preprocessing code come from the starting point, everything else from the template."""
+def assemble_scripts(output: Path, scripts: Path, text: str) -> None:
+    """Leave in a copy of a template just the code that its configs name.
+
+    Args:
+        output: the bundle.
+        scripts: a folder that has the code of its network and preprocessing; all else is the template's.
+        text: their definitions, as JSON.
+
+    Raises:
+        UserError: code is missing.
+    """
     texts = [path.read_text() for path in sorted((output / "configs").glob("*.json"))]
-    theirs = named_modules([from_pretrained])
+    theirs = named_modules([text])
     files = with_imports(named_modules(texts) - theirs, output / "scripts")
-    files |= with_imports(theirs, pretrained.path / "scripts")
+    files |= with_imports(theirs, scripts)
     shutil.rmtree(output / "scripts")
     (output / "scripts").mkdir()
     for name, text in files.items():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tools.errors import UserError
+from tools.vendor import SOURCE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,10 +23,13 @@ class Conversion:
     Attributes:
         template: the folder in bundles/ that the new bundle is a copy of.
         labels: names of the output channels 1..C, each with the labels of the training dataset that it stands for.
-        tensors: the network's weights by name.
+        tensors: the network's weights by name; names of one tensor have the same object, and stay one in the bundle.
         origins: of each of them, the name in the checkpoint that it was made from, and how; or why it is new.
         left_out: names in the checkpoint that nothing was made from, each with the reason.
         values: top-level entries of train.json and inference.json, as network_def.
+        image: entries of the input image in metadata.json, as num_channels.
+        scripts: a folder that has the code of its network and preprocessing.
+        packages: what the bundle needs beyond its template's requirements, as PyPI calls it.
         metadata: entries of metadata.json.
         facts: about the checkpoint, for the model card.
     """
@@ -36,6 +40,9 @@ class Conversion:
     origins: dict[str, str]
     left_out: dict[str, str] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
+    image: dict[str, Any] = field(default_factory=dict)
+    scripts: Path = SOURCE
+    packages: list[str] = field(default_factory=list)
     metadata: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
 
