@@ -151,7 +151,7 @@ def test_the_chain(phantom_dataset, tmp_path, overlay):
     train(specialist, "--max_epochs", 1, "--frozen_epochs", 0, "--patches_per_volume", 1)
     result = here("tools", "diff", "--pretrained", start, "--finetuned", specialist, "--output", vector)
     assert result.returncode == 0, result.stderr
-    result = here("tools", "merge", "--pretrained", start, "--vectors", vector, "--output", merged, "--scale", 1)
+    result = here("tools", "merge", "--pretrained", start, "--vectors", vector, "--output", merged)
     assert result.returncode == 0, result.stderr
     weights, tuned = Bundle(merged).state(), Bundle(specialist).state()
     assert all(torch.equal(weights[name], tuned[name]) for name in tuned if name not in head)

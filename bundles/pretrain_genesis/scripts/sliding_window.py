@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.data.utils import collate_meta_tensor, compute_importance_map
+from monai.data.utils import affine_to_spacing, collate_meta_tensor, compute_importance_map
 from monai.inferers import Inferer
 from monai.utils import ensure_tuple_rep, fall_back_tuple
 from torch import Tensor, nn
 
-from .image_grid import image_grid, onto_image_grid
+from .image_grid import image_grid, onto_image_grid, thick_axis
 from .inferers import MixedPrecisionInferer
 
 Box = tuple[slice, ...]
@@ -40,12 +40,13 @@ class SlidingWindow(Inferer):
         overlap: of neighbouring windows, a fraction of their size; a number, or one for each axis.
         mode: weights of a window's voxels, ``"gaussian"`` or ``"constant"``.
         windows: ``"monai"``: steps of equal length, the last window moved back to the border, a Gaussian that is nowhere below
-            0.001. ``"nnunet"``: windows evenly spread, a Gaussian around voxel ``size // 2``; σ is an eighth of the size in both.
+            0.001. ``"nnunet"``: windows evenly spread, a Gaussian around voxel ``size // 2``; σ is an eighth of the size in both;
+            smooth labels are not interpolated across slices that are more than three times as thick as wide.
         mirror_axes: spatial axes 0, 1, 2 that windows are flipped along, in all combinations; their logits are averaged. Only for
             networks trained with such flips: others take left for right.
         skip_below: do not look at windows in which no voxel, as preprocessed, is above this value (air); they are background.
         output: ``"labels"``; ``"smooth_labels"``, on the grid of the image as it was loaded, where linearly interpolated logits
-            compete; or ``"logits"``, float32.
+            compete, and all is background that preprocessing cropped; or ``"logits"``, float32.
         precision: see ``MixedPrecisionInferer``.
 
     Shapes:
@@ -116,12 +117,14 @@ class SlidingWindow(Inferer):
         smooth = self.output == "smooth_labels"
         plain = image.as_tensor() if isinstance(image, MetaTensor) else image
         size, to_network_grid = image_grid(image) if smooth else (plain.shape[1:], None)
+        apart = self._apart(image, to_network_grid) if smooth else None
         folded = Logits(size) if self.output == "logits" else LabelMap(size, len(networks) > 1, plain.device)
         for number, context in enumerate(networks):
             with context as network:
                 pieces = self._finished(plain, network, *args, **kwargs)
                 if smooth:
-                    pieces = onto_image_grid(pieces, plain.shape[1:], self._sweep(plain)[0], size, to_network_grid)
+                    sweep = self._sweep(plain)[0]
+                    pieces = onto_image_grid(pieces, plain.shape[1:], sweep, size, to_network_grid, apart)
                 for box, logits in pieces:
                     folded.add(number, box, logits)
                     del logits  # before the next windows come
@@ -129,6 +132,12 @@ class SlidingWindow(Inferer):
         if not smooth:
             return result
         return MetaTensor(result, image.meta["original_affine"], {k: v for k, v in image.meta.items() if k != "affine"})
+
+    def _apart(self, image: MetaTensor, to_network_grid: np.ndarray) -> int | None:
+        """The axis across thick slices, where windows are nnU-Net's."""
+        spacing = affine_to_spacing(image.affine).numpy()
+        original = spacing * np.abs(to_network_grid[:3, :3]).max(1)
+        return thick_axis(spacing, original) if self.windows == "nnunet" else None
 
     def _roi(self, image: Tensor) -> tuple[int, ...]:
         return fall_back_tuple(self.roi_size, image.shape[1:])

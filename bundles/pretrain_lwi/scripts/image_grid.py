@@ -12,6 +12,8 @@ from monai.data import MetaTensor
 from torch import Tensor
 
 PIECE = 2**24  # logits that are interpolated at a time
+BORDER = 0.501  # of a voxel: what lies further outside of a volume is not part of it
+THICK = 3  # times as thick as wide are slices across which nnU-Net does not interpolate
 
 
 def image_grid(image: Tensor) -> tuple[tuple[int, ...], np.ndarray]:
@@ -27,14 +29,29 @@ def image_grid(image: Tensor) -> tuple[tuple[int, ...], np.ndarray]:
     return tuple(int(length) for length in meta["spatial_shape"]), np.linalg.inv(today) @ original
 
 
+def thick_axis(spacing: Sequence[float], other: Sequence[float]) -> int | None:
+    """The axis along which nnU-Net takes nearest voxels when it goes from one grid to another, or None.
+
+    Args:
+        spacing: of the one, for each axis. If its slices are not thick, the other grid's decide.
+        other: of the other, along the same axes.
+    """
+    for sizes in (np.asarray(spacing, float), np.asarray(other, float)):
+        if sizes.max() > THICK * sizes.min():
+            thick = np.flatnonzero(np.isclose(sizes, sizes.max(), rtol=1e-5))
+            return int(thick[0]) if len(thick) == 1 else None
+    return None
+
+
 def onto_image_grid(
     pieces: Iterable[tuple[tuple[slice, ...], Tensor]],
     size: Sequence[int],
     sweep: int,
     image_size: Sequence[int],
     matrix: np.ndarray,
+    apart: int | None = None,
 ) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
-    """Interpolate a volume that comes in pieces; beyond its border it goes on as at its border, as in MONAI's ``Spacing``.
+    """Interpolate a volume that comes in pieces; on its outer half voxel it goes on as at its outermost centres.
 
     Args:
         pieces: boxes that tile the volume, each with logits ``(d, h, w, C)``, roughly in the order of one axis.
@@ -42,9 +59,10 @@ def onto_image_grid(
         sweep: that axis.
         image_size: of the image's grid.
         matrix: from voxels of the image's grid to those of the volume, (4, 4); axes may be swapped, flipped, scaled and shifted.
+        apart: an axis of the volume along which the nearest voxel is taken.
 
     Returns:
-        Boxes that tile the image's grid, each with its logits.
+        Boxes that tile what of the image's grid lies in the volume, each with its logits.
 
     Raises:
         ValueError: the matrix turns axes.
@@ -55,13 +73,14 @@ def onto_image_grid(
     if sorted(image_axes) != [0, 1, 2] or (np.abs(rest) @ np.asarray(image_size) > 0.05).any():
         raise ValueError("smooth_labels need a preprocessing that keeps the directions of the image's axes")
     lines = [
-        Line(matrix[axis, other], matrix[axis, 3], image_size[other], size[axis])
+        Line(matrix[axis, other], matrix[axis, 3], image_size[other], size[axis], nearest=axis == apart)
         for axis, other in enumerate(image_axes)
     ]
     planar = [axis for axis in range(3) if axis != sweep]
     order = [image_axes[axis] for axis in (sweep, *planar)]
     rows, columns = (lines[axis] for axis in planar)
-    waiting = deque(np.argsort(lines[sweep].lower, kind="stable").tolist())
+    inside = lines[sweep].inside
+    waiting = deque((inside.start + np.argsort(lines[sweep].lower[inside], kind="stable")).tolist())
     before = None
     for start, slab in _slabs(pieces, sweep, size):
         end = start + len(slab)
@@ -72,10 +91,10 @@ def onto_image_grid(
             if fraction:
                 plane = torch.lerp(plane, slab[high - start], float(fraction))
             step = max(1, PIECE // (max(plane.shape[1], columns.count) * plane.shape[2]))
-            for first in range(0, rows.count, step):
-                part = slice(first, min(first + step, rows.count))
-                logits = columns.along(1, rows.along(0, plane, part), slice(None))
-                places = dict(zip(order, (slice(number, number + 1), part, slice(0, columns.count)), strict=True))
+            for first in range(rows.inside.start, rows.inside.stop, step):
+                part = slice(first, min(first + step, rows.inside.stop))
+                logits = columns.along(1, rows.along(0, plane, part), columns.inside)
+                places = dict(zip(order, (slice(number, number + 1), part, columns.inside), strict=True))
                 yield tuple(places[axis] for axis in range(3)), logits[None].permute(*np.argsort(order).tolist(), 3)
         before = slab[-1].clone()
 
@@ -88,14 +107,19 @@ class Line:
         offset: where the image's first voxel lies in the volume.
         count: voxels of the image's grid.
         length: voxels of the volume.
+        nearest: take the nearest voxel instead.
 
     Attributes:
+        inside: the voxels of the image's grid that lie in the volume.
         lower: the two voxels of the volume around each of the grid, with ``upper``.
         fraction: how far each lies from the lower to the upper one.
     """
 
-    def __init__(self, scale: float, offset: float, count: int, length: int) -> None:
-        places = (scale * np.arange(count) + offset).round(6).clip(0, length - 1)
+    def __init__(self, scale: float, offset: float, count: int, length: int, nearest: bool = False) -> None:
+        places = (scale * np.arange(count) + offset).round(6)
+        within = np.flatnonzero((places >= -BORDER) & (places <= length - 1 + BORDER))
+        self.inside = slice(int(within[0]), int(within[-1]) + 1) if len(within) else slice(0, 0)
+        places = (np.floor(places + 0.5) if nearest else places).clip(0, length - 1)
         self.count = count
         self.lower = places.astype(np.int64)
         self.fraction = (places - self.lower).astype(np.float32)
