@@ -108,10 +108,7 @@ class SlabOrder(nn.Module):
                     f"the network has no module {name!r}" + (f"; it has {', '.join(like)}" if like else "")
                 )
         self.features = {name: modules[name] for name in features}
-        heads = []
-        for pooled in self._channels(in_channels, img_size):
-            heads.append(nn.Linear(pooled, slabs))
-        self.heads = nn.ModuleList(heads)
+        self.heads = nn.ModuleList(nn.Linear(channels, slabs) for channels in self._channels(in_channels, img_size))
 
     def _channels(self, in_channels: int, img_size: Sequence[int]) -> list[int]:
         """How many channels each of the modules returns, by running the network once."""
