@@ -180,10 +180,17 @@ def test_outputs_and_sizes():
         assert network.eval()(image).shape == (2, 3, 16, 32, 32)
     assert network.unetr_pp_encoder.stages[0][0].gamma[0].item() == pytest.approx(1e-6)
     assert not network.unetr_pp_encoder.stages[0][0].pos_embed.any()
-    with pytest.raises(ValueError, match=r"made for images of \(16, 32, 32\) voxels, got \(16, 32, 16\)"):
+    with pytest.raises(ValueError, match=r"made for images of \[16, 32, 32\] voxels, got \[16, 32, 16\]"):
         network(image[..., :16])
     with pytest.raises(ValueError, match="multiple of 16 x 32 x 32 voxels"):
         UNETRPlusPlus(1, 3, (16, 32, 48))
+
+
+def test_torchscript_computes_the_same():
+    network = UNETRPlusPlus(1, 3, **{**SMALL, "depth": 1}, deep_supervision=False).eval()
+    image = torch.rand(1, 1, 16, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.script(network)(image), network(image))
 
 
 def test_what_the_tools_see():

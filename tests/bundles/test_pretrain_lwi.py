@@ -180,3 +180,17 @@ def test_inference_restores_an_image_alone(images, tmp_path):
     restored = nibabel.load(tmp_path / "out" / "ramp_0_restored.nii.gz")
     assert restored.shape == (40, 40, 48)
     assert restored.get_fdata().std() > 0
+
+
+@pytest.mark.slow
+def test_two_processes(phantom_dataset, tmp_path):
+    """UNETR has parameters that it never uses; the heads are trained in both processes alike."""
+    folder = start_on(phantom_dataset, tmp_path / "two", width=1, patch_size=[32, 32, 32], slabs=2)
+    configs = f"['{folder}/configs/train.json','{folder}/configs/multi_gpu_train.json']"
+    words = ["--nnodes", "1", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    command = ["-m", "monai.bundle", "run", "--config_file", configs, "--bundle_root", folder, *SETTINGS]
+    run("torch.distributed.run", *words, *command, PYTHONPATH="", OMP_NUM_THREADS="1")
+    last = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
+    assert (last["epoch"], len(last["heads"])) == (2, 8)
+    assert last["best"] < 0
+    assert set(Bundle(folder).state()) == set(last["network"])

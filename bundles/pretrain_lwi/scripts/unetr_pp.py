@@ -10,6 +10,7 @@ Independent implementation.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from math import gcd, prod
 
 import torch
@@ -34,7 +35,7 @@ class UNETRPlusPlus(nn.Module):
         projections: to how many voxels keys and values are projected, for each resolution below the stem.
         attention_dropout: chance that a weight of the attention is left out.
         separate_projections: project values by other weights than keys (published for lung tumours; else they share them).
-        convolutions: residual blocks of convolutions after the attention (published for lung tumours: 2).
+        convolutions: residual blocks of convolutions after the attention, 1 or 2 (published for lung tumours).
         deep_supervision: in training also return the outputs at the resolutions of the stem and half of it.
 
     Shapes:
@@ -44,6 +45,8 @@ class UNETRPlusPlus(nn.Module):
     Raises:
         ValueError: ``img_size`` does not fit ``stem``, or an image is of another size.
     """
+
+    __constants__ = ("deep_supervision",)  # for TorchScript
 
     def __init__(
         self,
@@ -64,7 +67,7 @@ class UNETRPlusPlus(nn.Module):
         if any(size % (step * 2 ** (STAGES - 1)) for size, step in zip(img_size, stem, strict=True)):
             smallest = " x ".join(str(step * 2 ** (STAGES - 1)) for step in stem)
             raise ValueError(f"UNETR++ needs images of a multiple of {smallest} voxels, img_size is {list(img_size)}")
-        self.img_size = tuple(img_size)
+        self.img_size = list(img_size)
         self.deep_supervision = deep_supervision
         dims = [width * 2 ** (i + 1) for i in range(STAGES)]
         sizes = [[n // step // 2**i for n, step in zip(img_size, stem, strict=True)] for i in range(STAGES)]
@@ -98,8 +101,8 @@ class UNETRPlusPlus(nn.Module):
             self.out3 = UnetOutBlock(3, dims[1], out_channels)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        if tuple(x.shape[2:]) != self.img_size:
-            raise ValueError(f"UNETR++ was made for images of {self.img_size} voxels, got {tuple(x.shape[2:])}")
+        if list(x.shape[2:]) != self.img_size:
+            raise ValueError(f"UNETR++ was made for images of {self.img_size} voxels, got {list(x.shape[2:])}")
         first, second, third, fourth = self.unetr_pp_encoder(x)
         quarter = self.decoder4(self.decoder5(fourth, third), second)
         half = self.decoder3(quarter, first)
@@ -131,8 +134,8 @@ class Encoder(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        outputs = []
-        for smaller, stage in zip(self.downsample_layers, self.stages, strict=True):
+        outputs: list[Tensor] = []
+        for smaller, stage in zip(self.downsample_layers, self.stages):
             x = stage(smaller(x))
             outputs.append(x)
         return outputs
@@ -174,19 +177,16 @@ class PairedAttentionBlock(nn.Module):
         self.epa_block = PairedAttention(
             tokens, channels, num_heads, projection, attention_dropout, separate_projections
         )
-        self.residual_blocks = [f"conv5{i + 1}" for i in range(convolutions)]
-        for name in self.residual_blocks:
-            self.add_module(name, UnetResBlock(3, channels, channels, kernel_size=3, stride=1, norm_name="batch"))
+        residual = partial(UnetResBlock, 3, channels, channels, kernel_size=3, stride=1, norm_name="batch")
+        self.conv51 = residual()
+        self.conv52 = residual() if convolutions == 2 else nn.Identity()
         self.conv8 = nn.Sequential(nn.Dropout3d(0.1), nn.Conv3d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(2).transpose(1, 2) + self.pos_embed
         tokens = tokens + self.gamma * self.epa_block(self.norm(tokens))
         attended = tokens.transpose(1, 2).reshape(x.shape)
-        y = attended
-        for name in self.residual_blocks:
-            y = self.get_submodule(name)(y)
-        return attended + self.conv8(y)
+        return attended + self.conv8(self.conv52(self.conv51(attended)))
 
 
 class PairedAttention(nn.Module):
@@ -222,7 +222,7 @@ class PairedAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n, tokens, channels = x.shape
         split = self.qkvv(x).reshape(n, tokens, 4, self.num_heads, channels // self.num_heads)
-        q, k, v_channel, v_spatial = split.permute(2, 0, 3, 4, 1)  # each (N, heads, d, tokens)
+        q, k, v_channel, v_spatial = split.permute(2, 0, 3, 4, 1).unbind(0)  # each (N, heads, d, tokens)
         few_k, few_v = self.E(k), self.F(v_spatial)  # (N, heads, d, projection); k is not yet normalised
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         between_channels = (q @ k.transpose(-1, -2) * self.temperature).softmax(-1)
