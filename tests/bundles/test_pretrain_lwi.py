@@ -140,8 +140,6 @@ def test_the_chain(phantom_dataset, tmp_path, overlay):
     assert len(list((start / "checkpoints").glob("restored_epoch_*.png"))) == 2
     own = Bundle(start).state()
     assert set(own) == set(last["network"])  # the network alone, no heads
-    train(start, *SETTINGS[2:], "--max_epochs", 3)  # goes on with the heads that it had
-    assert torch.load(start / "checkpoints" / "last.pt", weights_only=True)["epoch"] == 3
 
     specialist, vector, merged = tmp_path / "liver", tmp_path / "liver.safetensors", tmp_path / "merged"
     words = ["--dataset_dir", phantom_dataset, "--task", "liver", "--output", specialist, "--overlay", "small"]
@@ -155,18 +153,14 @@ def test_the_chain(phantom_dataset, tmp_path, overlay):
     assert result.returncode == 0, result.stderr
     weights, tuned = Bundle(merged).state(), Bundle(specialist).state()
     assert all(torch.equal(weights[name], tuned[name]) for name in tuned if name not in head)
-    words = [
-        "--config_file",
-        merged / "configs/inference.json",
-        "--bundle_root",
-        merged,
-        "--output_dir",
-        tmp_path / "o",
-    ]
-    image = next((dataset / "imagesTr").iterdir())
-    run("monai.bundle", "run", *words, "--dataset_dir", image, PYTHONPATH="")
-    label_map = nibabel.load(next((tmp_path / "o").rglob("*.nii.gz")))
-    assert label_map.shape == nibabel.load(image).shape
+    if overlay != "small":
+        return
+    images, folder = dataset / "imagesTr", tmp_path / "label_maps"
+    words = ["--bundle_root", merged, "--dataset_dir", images, "--output_dir", folder]
+    run("monai.bundle", "run", "--config_file", merged / "configs/inference.json", *words, PYTHONPATH="")
+    assert len(list(folder.rglob("*.nii.gz"))) == len(list(images.iterdir()))
+    train(start, *SETTINGS[2:], "--max_epochs", 3)  # goes on with the heads that it had
+    assert torch.load(start / "checkpoints" / "last.pt", weights_only=True)["epoch"] == 3
 
 
 @pytest.mark.slow

@@ -156,6 +156,7 @@ def test_what_does_not_fit_is_said_in_one_line(tmp_path):
         (save(tmp_path / "6.pt", five), (), "has 4 labels: name them"),
         (tmp_path / "6.pt", ("--labels", "a,b,a,c"), "has 4 labels: name them"),
         (tmp_path / "6.pt", ("--patch_size", "[32, 32, 48]"), "that make 8 tokens"),
+        (tmp_path / "6.pt", ("--spacing", "[1, 2]"), "give --spacing '[x, y, z], mm'"),
         (tmp_path / "6.pt", ("--intensity", "[0, 1, 0, 1]"), "--intensity is for UNETR++"),
         (save(tmp_path / "7.model", plus), (), "give --spacing"),
         (tmp_path / "7.model", PLANS[:2], "give --intensity"),

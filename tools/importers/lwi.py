@@ -60,7 +60,9 @@ def read(
     if UNETR in tensors:
         if intensity is not None:
             raise UserError(f"{checkpoint} is a UNETR, whose intensities are known: --intensity is for UNETR++")
-        build, known = _unetr, {"spacing": spacing or SPACING, "axcodes": "RAS", "intensity_range": HU}
+        build, known = _unetr, {"axcodes": "RAS", "spacing": SPACING, "intensity_range": HU}
+        if spacing is not None:
+            known["spacing"] = _numbers(checkpoint, "spacing", spacing, "[x, y, z], mm")
     elif PLUS in tensors:
         build, known = _unetr_pp, _normalisation(checkpoint, spacing, intensity)
     else:
@@ -83,6 +85,8 @@ def read(
         if name != "state_dict"
     }
     data = training.pop("data")
+    if labels is not None:
+        data = "images that the checkpoint does not name"
     size = list(network_def["img_size"])
     values = {"network_def": network_def, "patch_size": size}
     if count == 1:
@@ -220,18 +224,9 @@ def _size(checkpoint: Path, size: object, step: Sequence[int], tokens: int) -> l
 
 
 def _normalisation(checkpoint: Path, spacing: object, intensity: object) -> dict[str, Any]:
-    """What UNETR++'s images are before the network sees them, which its file does not say."""
-    for name, value, count in (("spacing", spacing, 3), ("intensity", intensity, 4)):
-        if (
-            not isinstance(value, list | tuple)
-            or len(value) != count
-            or not all(isinstance(number, int | float) for number in value)
-        ):
-            what = "[z, y, x], mm" if name == "spacing" else "[lower bound, upper bound, mean, standard deviation]"
-            raise UserError(
-                f"{checkpoint} is a UNETR++, whose spacing and intensities are in its training's plans alone: give --{name} "
-                f"'{what}'"
-            )
+    """What UNETR++'s images are before the network sees them, which only the plans of its training say."""
+    spacing = _numbers(checkpoint, "spacing", spacing, "[z, y, x], mm, of its plans")
+    intensity = _numbers(checkpoint, "intensity", intensity, "[lower, upper, mean, deviation] of its plans")
     low, high, mean, deviation = intensity
     if not (low < high and deviation > 0 and min(spacing) > 0):
         raise UserError(
@@ -239,10 +234,22 @@ def _normalisation(checkpoint: Path, spacing: object, intensity: object) -> dict
         )
     return {
         "axcodes": "SPL",
-        "spacing": list(spacing),
+        "spacing": spacing,
         "intensity_range": [low, high],
         "standardise": [(mean - low) / (high - low), deviation / (high - low)],
     }
+
+
+def _numbers(checkpoint: Path, name: str, value: object, what: str) -> list[float]:
+    """An option that is a list of as many numbers as its description has."""
+    count = what.count(",", 0, what.index("]")) + 1
+    if (
+        not isinstance(value, list | tuple)
+        or len(value) != count
+        or not all(isinstance(number, int | float) for number in value)
+    ):
+        raise UserError(f"{checkpoint}: its file does not say everything: give --{name} '{what}'")
+    return list(value)
 
 
 def _labels(checkpoint: Path, count: int, labels: object, lungs: bool) -> list[str]:
