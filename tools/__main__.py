@@ -11,7 +11,7 @@ import sys
 from tools.errors import UserError, nearest
 
 COMMANDS = {
-    "new_pretraining": "a copy of a pre-training bundle for the labels of an nnU-Net dataset",
+    "new_pretraining": "a copy of a pre-training bundle for the labels of an nnU-Net dataset, or for images without labels",
     "new_task": "a bundle that fine-tunes one task from a starting point",
     "convert": "a published checkpoint of another framework into a bundle",
     "diff": "the task vector between a starting point and a specialist",

@@ -63,7 +63,7 @@ def new_pretraining(
             task=f"{'Supervised' if supervised else 'Self-supervised'} pre-training on {learned}, as the starting point of task "
             "vectors",
             description=f"A starting point for model merging, {source.name} trained on {dataset}.",
-            data_source=f"{dataset}; not distributed with the bundle",
+            data_source=f"{'nnU-Net dataset ' if supervised else ''}{dataset}; not distributed with the bundle",
             lineage={"data": data},
         )
         introduce(folder, f"Starting point: {dataset}", {"dataset": described(data), "learned from": learned})

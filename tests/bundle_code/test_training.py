@@ -5,8 +5,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from ignite.engine import Engine
+from monai.data import Dataset
+from monai.transforms import RandGaussianNoise
 
 from tests.conftest import ROOT
+from tools.bundle_code.training import SeedEpochs
 
 FAULTS = """
 import resource, torch
@@ -30,3 +35,15 @@ def test_large_tensors_reuse_memory():
     words = [sys.executable, "-c", FAULTS]
     before, after = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     assert int(after) < int(before) / 10
+
+
+@pytest.mark.parametrize(("step", "alike"), [(0, True), (1000, False)])
+def test_seeded_epochs(step, alike):
+    drawn, dataset = [], Dataset([torch.zeros(1, 2)], RandGaussianNoise(prob=1))
+    engine = Engine(lambda *_: drawn.append((dataset[0].sum().item(), torch.rand(()).item())))
+    SeedEpochs(7, dataset, step).attach(engine)
+    for _ in range(2):
+        engine.run([0], max_epochs=2)
+    first, second, *again = drawn
+    assert (first == second) == alike
+    assert again == [first, second]
