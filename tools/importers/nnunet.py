@@ -66,7 +66,7 @@ def read(checkpoint: Path, plans: str = "", dataset_json: str = "") -> Conversio
     content = read_checkpoint(checkpoint)
     if not isinstance(content, Mapping) or "network_weights" not in content:
         raise UserError(f"{checkpoint} is no checkpoint of nnU-Net 2: it has no network_weights")
-    recorded = content.get("init_args") or {}
+    recorded = content["init_args"] if isinstance(content.get("init_args"), Mapping) else {}
     plans_of = _described(checkpoint, plans, "plans", recorded)
     dataset = _described(checkpoint, dataset_json, "dataset_json", recorded)
     try:
@@ -77,13 +77,13 @@ def read(checkpoint: Path, plans: str = "", dataset_json: str = "") -> Conversio
         preprocessing = _preprocessing(plans_of, configuration, axes, len(channels))
         network_def = _network_def(configuration, axes, len(channels), 1 + len(labels))
         patch_size = [int(configuration["patch_size"][axis]) for axis in axes]
+        mirror_axes = sorted(axes.index(axis) for axis in content.get("inference_allowed_mirroring_axes") or ())
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(
             f"{checkpoint}: its plans.json or dataset.json are not nnU-Net's ({type(error).__name__}: {error})"
         ) from None
     weights = named_tensors(content["network_weights"], checkpoint, "network_weights")
     tensors, origins, others = _in_order(weights, network_def, axes, f"{checkpoint} ({content.get('trainer_name')})")
-    mirrored = content.get("inference_allowed_mirroring_axes") or ()
     facts = {
         "trainer": content.get("trainer_name", "unknown"),
         "plans": f"{plans_of.get('plans_name', 'unnamed')}, {recorded.get('configuration', '3d_fullres')}",
@@ -102,7 +102,7 @@ def read(checkpoint: Path, plans: str = "", dataset_json: str = "") -> Conversio
             "preprocessing": {"_target_": "Compose", "transforms": preprocessing},
             "patch_size": patch_size,
             "windows": "nnunet",
-            "mirror_axes": sorted(axes.index(axis) for axis in mirrored),
+            "mirror_axes": mirror_axes,
             "inferer_output": "smooth_labels",
         },
         image={
