@@ -25,7 +25,7 @@ def unlabelled_images(
 ) -> list[dict[str, Any]]:
     """The images of one or several folders that are trained on, or those that are held out.
 
-    Which part an image belongs to is decided by its file's name and the seed, wherever the folder lies.
+    They are ordered by a hash of their file's name and the seed, wherever the folder lies; the first ones are held out.
 
     Args:
         dataset_dir: folders of images, or nnU-Net datasets, of which imagesTr is taken: images to test on stay unseen unless
