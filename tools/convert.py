@@ -24,6 +24,7 @@ from tools.weights_file import WeightsFile
 SOURCES = {
     "stunet": "STU-Net, nnU-Net 1: <name>.model, with <name>.model.pkl beside it or in --plans",
     "genesis": "Models Genesis: Genesis_Chest_CT.pt or genesis_nnunet_luna16_006.model",
+    "lwi": "LWI-VMS: UNETR (*.pt) or UNETR++ (model_final_checkpoint.model), first or second stage",
     "unettransplant": "U-Net Transplant: Pretrain_*.pth or TaskVector_*.pth",
     "nnunet": "nnU-Net 2: fold_*/checkpoint_*.pth of a trained model's folder, which has plans.json and dataset.json",
     "monai": "any MONAI bundle with weights, such as the model zoo's: its folder",
@@ -37,7 +38,7 @@ def convert(source: str, checkpoint: str, output: str, overwrite: bool = False, 
     what became of each.
 
     Args:
-        source: where it comes from: stunet, genesis, unettransplant, nnunet or monai; `--source list` describes them.
+        source: where it comes from: stunet, genesis, lwi, unettransplant, nnunet or monai; `--source list` describes them.
         checkpoint: the file, or for monai the folder.
         output: folder of the new bundle.
         overwrite: replace the output if it exists.

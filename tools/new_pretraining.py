@@ -54,6 +54,7 @@ def new_pretraining(
         apply_overlays(folder, overlay)
         if patch_size:
             set_values(folder, {"patch_size": [patch_size] * 3})
+        _set_one_size(folder)
         data = _facts(folders)
         dataset, learned = data["dataset"], ", ".join(label_map) or "images without labels"
         update_metadata(
@@ -92,6 +93,16 @@ def _check_images(folders: list[str], channels: int) -> None:
         unlabelled_images(folders, "train", channels)
     except (ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from None
+
+
+def _set_one_size(folder: Path) -> None:
+    """Where metadata.json says that the network takes images of one size, make that the size of this bundle's patches."""
+    formats = Bundle(folder).metadata["network_data_format"]
+    sides = formats["inputs"]["image"], formats["outputs"]["pred"]
+    if all(isinstance(length, int) for side in sides for length in side["spatial_shape"]):
+        for side in sides:
+            side["spatial_shape"] = read_json(folder / "configs" / "inference.json")["patch_size"]
+        update_metadata(folder, network_data_format=formats)
 
 
 def _facts(folders: list[str]) -> dict[str, str]:

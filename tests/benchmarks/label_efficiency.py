@@ -5,6 +5,10 @@
 Everything goes through the project's own commands, each of which is printed; a run that was stopped goes on. Of the cases of
 labelsTr ten, chosen by a seed, keep their labels: eight train, two choose the epoch. The images of all others are pre-trained on.
 The cases of labelsTs test, and are never seen before. "Scratch" is a starting point with random weights.
+
+Learnable weight initialisation has no other images than those ten, and scratch trains for as many steps longer as it pre-trains:
+
+``python -m tests.benchmarks.label_efficiency --dataset_dir <…> --output runs/lwi --objectives lwi --same_images``
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import fire
 import torch
 
 from tools.bundle import Bundle
+from tools.instantiate import set_values
 from tools.network import instantiate
 
 ROOT = Path(__file__).parents[2]
@@ -36,11 +41,21 @@ FINE_TUNING = {
     "patches_per_volume": 10,
     "warmup_steps": 20,
 }
-OBJECTIVES = {"genesis": "residual,small,mr", "mae": "residual,small,mr,mae"}
+AS_LONG = 5  # epochs of 8 cases by 10 patches, at least the steps of pre-training: 5 epochs of 9 images by 8 patches
+OBJECTIVES = {  # bundle, overlays, and settings for 32³ voxels, which are as many as the crops of Dataset903_Hippocampus have
+    "genesis": ("pretrain_genesis", "residual,small,mr", {}),
+    "mae": ("pretrain_genesis", "residual,small,mr,mae", {}),
+    "lwi": ("pretrain_lwi", "small,mr", {"slabs": 2, "spacing": None}),
+}
 
 
 def label_efficiency(
-    dataset_dir: str, output: str, labels: str = "{anterior: Anterior, posterior: Posterior}", seeds: int = 3
+    dataset_dir: str,
+    output: str,
+    labels: str = "{anterior: Anterior, posterior: Posterior}",
+    seeds: int = 3,
+    objectives: str = "genesis,mae",
+    same_images: bool = False,
 ) -> None:
     """Pre-train by each objective, fine-tune from each and from scratch, and write results.md.
 
@@ -49,22 +64,26 @@ def label_efficiency(
         output: folder of the runs.
         labels: channels to segment.
         seeds: fine-tunings from each starting point; from scratch each seed has random weights of its own.
+        objectives: which ones, of one network.
+        same_images: pre-train on the ten images that have labels, and not on all others.
     """
+    chosen = objectives.split(",") if isinstance(objectives, str) else list(objectives)
     folder, dataset = Path(output).resolve(), Path(dataset_dir).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    unlabelled = _split(dataset, folder)
+    images = _split(dataset, folder, same_images)
     seconds: dict[str, float] = {}
-    for objective, overlay in OBJECTIVES.items():
-        words = ["new_pretraining", "--bundle", ROOT / "bundles/pretrain_genesis", "--dataset_dir", unlabelled]
-        _tools(folder / objective, *words, "--overlay", overlay)
+    for objective in chosen:
+        _start(folder / objective, objective, images)
         seconds[objective] = _train(folder / objective, PRETRAINING)
     for seed in range(seeds):
-        starts = {"scratch": _untrained(folder, seed), **{name: folder / name for name in OBJECTIVES}}
+        starts = {"scratch": _untrained(folder, seed, chosen[0], images), **{name: folder / name for name in chosen}}
         for name, start in starts.items():
             specialist = folder / f"{name}_{seed}"
             words = ["new_task", "--pretrained", start, "--dataset_dir", dataset, "--task", "hippocampus"]
             _tools(specialist, *words, "--labels", labels, "--overlay", "small")
             own = {"split_file": folder / "split.json", "seed": seed}
+            if same_images and name == "scratch":
+                own["max_epochs"] = FINE_TUNING["max_epochs"] + AS_LONG
             seconds[specialist.name] = _train(specialist, FINE_TUNING | own)
         bundles = ",".join(str(folder / f"{name}_{seed}") for name in starts)
         words = ["evaluate", "--bundle", bundles, "--dataset_dir", dataset, "--part", "Ts", "--overlays", "False"]
@@ -72,30 +91,39 @@ def label_efficiency(
         _report(folder, seed + 1, seconds)
 
 
-def _split(dataset: Path, folder: Path) -> Path:
+def _split(dataset: Path, folder: Path, same_images: bool) -> Path:
     """Write split.json, and links to the images to pre-train on."""
     names = sorted(path.name.removesuffix(".nii.gz") for path in (dataset / "labelsTr").glob("*.nii.gz"))
     tested = {path.name.removesuffix(".nii.gz") for path in (dataset / "labelsTs").glob("*.nii.gz")}
     labelled = random.Random(0).sample(names, 10)
     images = [*(dataset / "imagesTr").glob("*.nii.gz"), *(dataset / "imagesTs").glob("*.nii.gz")]
     free = [path for path in sorted(images) if path.name.removesuffix("_0000.nii.gz") not in {*labelled, *tested}]
+    own = [path for path in sorted(images) if path.name.removesuffix("_0000.nii.gz") in labelled]
     unlabelled = folder / "unlabelled"
     unlabelled.mkdir(exist_ok=True)
-    for path in free:
+    for path in own if same_images else free:
         link = unlabelled / path.name
         if not link.is_symlink():
             link.symlink_to(path)
     split = {"train": sorted(labelled[:8]), "val": sorted(labelled[8:]), "test": sorted(tested)}
-    split["unlabelled"] = [path.name for path in free]
+    split["unlabelled"] = sorted(path.name for path in unlabelled.iterdir())
     (folder / "split.json").write_text(json.dumps([split], indent=2))
     return unlabelled
 
 
-def _untrained(folder: Path, seed: int) -> Path:
-    """A copy of the first starting point's bundle with random weights."""
+def _start(output: Path, objective: str, images: Path) -> None:
+    """A pre-training bundle for an objective."""
+    bundle, overlay, values = OBJECTIVES[objective]
+    if not output.exists():
+        words = ["new_pretraining", "--bundle", ROOT / "bundles" / bundle, "--dataset_dir", images]
+        _tools(output, *words, "--overlay", overlay, "--patch_size", 32)
+        set_values(output, values)
+
+
+def _untrained(folder: Path, seed: int, objective: str, images: Path) -> Path:
+    """A copy of an objective's bundle with random weights."""
     start = folder / f"random_{seed}"
-    words = ["new_pretraining", "--bundle", ROOT / "bundles/pretrain_genesis", "--dataset_dir", folder / "unlabelled"]
-    _tools(start, *words, "--overlay", OBJECTIVES["genesis"])
+    _start(start, objective, images)
     bundle = Bundle(start)
     torch.manual_seed(seed)
     with bundle.code():

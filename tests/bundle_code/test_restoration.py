@@ -73,6 +73,15 @@ def test_the_loss_counts_each_channel_of_an_image():
     assert RestorationLoss()(logits, torch.cat([target, mask], 1)).item() == pytest.approx(error.mean().item())
 
 
+def test_an_image_that_is_not_between_0_and_1_is_restored_by_the_channel_itself(tmp_path):
+    logits, target = torch.full((1, 2, 8, 8, 8), -3.0), torch.full((1, 1, 8, 8, 8), -2.5)
+    assert RestorationLoss(linear=True)(logits, target).item() == pytest.approx(0.25)
+    engine = Engine(lambda *_: {"label": target, "image": target, "pred": (logits, torch.zeros(4, 1, 2, 2))})
+    RestorationPicture(tmp_path, linear=True).attach(engine)
+    engine.run([0], max_epochs=1)
+    assert len(list(tmp_path.glob("restored_epoch_0001.png"))) == 1
+
+
 def test_the_background_row_of_a_head_gets_no_gradient():
     head = torch.nn.Conv3d(4, 2, 1)
     RestorationLoss()(head(torch.rand(1, 4, 4, 4, 4)), torch.rand(1, 1, 4, 4, 4)).backward()

@@ -17,6 +17,7 @@ from monai.config import PathLike
 from torch import Tensor, nn
 
 from .images import list_images
+from .inferers import full_size
 
 
 def unlabelled_images(
@@ -59,17 +60,24 @@ def unlabelled_images(
     return parts[part]
 
 
-def restored(logits: Tensor) -> Tensor:
-    """The image that a network's output stands for, in [0, 1]: the sigmoids of channels 1 to C. Channel 0 is background.
+def restored(logits: Tensor, linear: bool = False) -> Tensor:
+    """The image that a network's output stands for: the sigmoids of channels 1 to C, in [0, 1]. Channel 0 is background.
 
-    Shapes:
-        ``(N, 1 + C, …)`` to ``(N, C, …)``.
+    Args:
+        logits: ``(N, 1 + C, …)``.
+        linear: the channels as they are, for images that are not in [0, 1].
+
+    Returns:
+        ``(N, C, …)``.
     """
-    return torch.sigmoid(logits[:, 1:])
+    return logits[:, 1:] if linear else torch.sigmoid(logits[:, 1:])
 
 
 class RestorationLoss(nn.Module):
     """Mean squared error of the restored image: over all voxels, or over those that a mask names.
+
+    Args:
+        linear: see ``restored``.
 
     Shapes:
         logits ``(N, 1 + C, …)`` and the image before it was corrupted, ``(N, C, …)``, to a scalar; with one channel more, the
@@ -79,6 +87,10 @@ class RestorationLoss(nn.Module):
         ValueError: other channels.
     """
 
+    def __init__(self, linear: bool = False) -> None:
+        super().__init__()
+        self.linear = linear
+
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         logits, target = (x.as_tensor() if hasattr(x, "as_tensor") else x for x in (logits, target))
         channels = logits.shape[1] - 1
@@ -87,7 +99,7 @@ class RestorationLoss(nn.Module):
                 f"the network restores {channels} channel(s), the image has {target.shape[1]}: set out_channels of network_def "
                 "to 1 + the number of image channels"
             )
-        error = (restored(logits) - target[:, :channels]) ** 2
+        error = (restored(logits, self.linear) - target[:, :channels]) ** 2
         if target.shape[1] == channels:
             return error.mean()
         mask = target[:, channels:]
@@ -100,11 +112,13 @@ class RestorationPicture:
     Args:
         folder: ``restored_epoch_0001.png``, … go there.
         rows: how many images at most.
+        linear: see ``restored``.
     """
 
-    def __init__(self, folder: PathLike, rows: int = 4) -> None:
+    def __init__(self, folder: PathLike, rows: int = 4, linear: bool = False) -> None:
         self.folder = Path(folder)
         self.rows = rows
+        self.linear = linear
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), self)
@@ -114,14 +128,16 @@ class RestorationPicture:
             return
         output = engine.state.output
         original, corrupted = (output[key][: self.rows].float().cpu() for key in ("label", "image"))
-        columns = {"original": original, "corrupted": corrupted, "restored": restored(output["pred"].float().cpu())}
+        prediction = full_size(output["pred"])[: self.rows].float().cpu()
+        columns = {"original": original, "corrupted": corrupted, "restored": restored(prediction, self.linear)}
         figure = Figure(figsize=(6, 2 * len(original) + 0.3), facecolor="black")
         FigureCanvasAgg(figure)
         axes = figure.subplots(len(original), len(columns), squeeze=False)
         for column, (title, images) in enumerate(columns.items()):
             for row in range(len(original)):
                 plane = images[row, 0, ..., images.shape[-1] // 2].T
-                low, high = (None, None) if title == "corrupted" else (0, 1)  # the network's input may be standardised
+                scaled = title != "corrupted" and not self.linear  # the network's input may be standardised
+                low, high = (0, 1) if scaled else (None, None)
                 axes[row][column].imshow(plane, cmap="gray", vmin=low, vmax=high, origin="lower")
                 axes[row][column].axis("off")
             axes[0][column].set_title(title, color="white", fontsize=9)

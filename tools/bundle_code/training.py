@@ -122,6 +122,7 @@ class ResumableCheckpoint:
         checkpoint_path: for the state of the run.
         frozen_epochs: epochs whose models are not chosen, because the backbone is still that of the starting point.
         resume: go on from ``checkpoint_path`` when it exists.
+        heads: modules beside the network that are trained with it; kept with the state of the run, and not in the model.
 
     Raises:
         ValueError: at the start, when the checkpoint is broken or of another network or optimiser.
@@ -137,8 +138,11 @@ class ResumableCheckpoint:
         checkpoint_path: str,
         frozen_epochs: int = 0,
         resume: bool = True,
+        heads: nn.Module | None = None,
     ) -> None:
         self.parts = {"network": network, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
+        if heads is not None:
+            self.parts["heads"] = heads
         self.validator = validator
         self.model_path = Path(model_path)
         self.checkpoint_path = Path(checkpoint_path)
