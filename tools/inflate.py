@@ -89,13 +89,13 @@ def _inflated(path: Path, deep_def: Mapping, flat_def: Mapping, mode: Mode, size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         flat, deep = (instantiate(definition, devices=("cpu",)) for definition in (flat_def, deep_def))
-    found = fit(read_weights(path), flat.state_dict(), describe(flat_def).head, path)
+    channels = deep_def.get("in_channels", 1)
+    found = fit(read_weights(path), flat.state_dict(), channels, describe(flat_def).head, path)
     flat, start = flat.double().eval(), deep.state_dict()
     flat.load_state_dict({**flat.state_dict(), **found.tensors})
     tensors, rules = inflate_weights(flat, deep, mode)
     deep = instantiate(deep_def, devices=("cpu",)).double().eval()
     deep.load_state_dict(tensors)
-    channels = deep_def.get("in_channels", 1)
     error = verify(flat, deep, channels, size, mode)
     origins = {name: _origin(name, rule, found) for name, rule in rules.items()}
     singles = {id(tensor): tensor.to(start[name].dtype) for name, tensor in tensors.items()}
@@ -183,7 +183,10 @@ def _twin(deep: Mapping[str, Any]) -> dict[str, Any]:
 def _label_names(labels: object, definition: Mapping[str, Any]) -> list[str]:
     if labels is not None:
         return [str(name) for name in parse_sources(labels)]
-    return [f"label_{number}" for number in range(1, int(definition[output_argument(definition)]))]
+    count = definition[argument := output_argument(definition)]
+    if not isinstance(count, int) or count < 2:
+        raise UserError(f"network_def: {argument} is {count}, not background and some labels")
+    return [f"label_{number}" for number in range(1, count)]
 
 
 def _patch_size(wanted: object, definition: Mapping[str, Any], source: Bundle | None) -> list[int]:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 WRAPPERS = ("model", "state_dict", "network", "net")  # what checkpoints call the weights among other things
 
+SAME = "biases (qkv_bias), norms (patch_norm) and the number of layers must be the file's"
+
 VIT = {
     r"patch_embed\.proj\.": "patch_embedding.patch_embeddings.",
     r"pos_embed$": "patch_embedding.position_embeddings",
@@ -85,13 +87,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def fit(
-    weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], head: Mapping[str, int], path: Path
+    weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], channels: int, head: Mapping[str, int], path: Path
 ) -> Weights2D:
     """Bring the tensors of a file to the names and shapes of a 2D network.
 
     Args:
         weights: of the file.
         expected: the state of the network.
+        channels: of its image.
         head: the tensors whose shape depends on the number of labels: where that differs the file's are left out.
         path: of the file, for messages.
 
@@ -108,17 +111,17 @@ def fit(
         else:
             named[name] = _renamed(name, renames)
     prefix = _prefix(named.values(), expected)
+    layers = {_layer(name) for name in expected}
     for name, ours in named.items():
         ours = prefix + ours
         if ours not in expected:
-            if without_place:
+            if without_place or _layer(ours) in layers:
                 raise UserError(
-                    f"{path}: network_def has no place for {name} ({ours}), so it would not compute the same; qkv_bias, "
-                    "patch_norm and the number of layers must be the file's"
+                    f"{path}: network_def has no place for {name} ({ours}), so it would not compute the same; {SAME}"
                 )
             fitted.left_out[name] = "the network has no such tensor"
             continue
-        tensor, changes = _reshaped(weights[name], expected[ours])
+        tensor, changes = _reshaped(ours, weights[name], expected[ours], channels)
         if tensor.shape == expected[ours].shape:
             fitted.tensors[ours] = tensor
             fitted.origins[ours] = ", ".join([f"`{name}`", *changes])
@@ -128,6 +131,11 @@ def fit(
             raise UserError(
                 f"{path}: {name} is {tuple(weights[name].shape)}, but the 2D network's {ours} {tuple(expected[ours].shape)}"
             )
+    known = {_layer(name) for name in fitted.tensors}
+    for name in expected:
+        missing = name not in fitted.tensors and expected[name].is_floating_point() and name not in head
+        if missing and (_layer(name) in known or (renames is VIT and re.match(rf"{prefix}blocks\.\d+\.attn\.", name))):
+            raise UserError(f"{path} lacks what network_def has in {name}, so it would not compute the same; {SAME}")
     if not any(tensor.dim() > 1 for tensor in fitted.tensors.values()):
         raise UserError(
             f"{path} has no weights of this network: none of its names, such as {next(iter(weights))}, is in it"
@@ -158,6 +166,10 @@ def _renamed(name: str, renames: Mapping) -> str:
     return name
 
 
+def _layer(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
 def _prefix(names, expected: Mapping[str, Tensor]) -> str:
     """The part of the network that has most of the names: "vit." for those of a ViT in a UNETR."""
     names = list(names)
@@ -167,24 +179,27 @@ def _prefix(names, expected: Mapping[str, Tensor]) -> str:
     return max(sorted(parts, key=len), key=lambda part: sum(part + name in expected for name in names))
 
 
-def _reshaped(tensor: Tensor, expected: Tensor) -> tuple[Tensor, list[str]]:
+def _reshaped(ours: str, tensor: Tensor, expected: Tensor, channels: int) -> tuple[Tensor, list[str]]:
     """A tensor of another number of colours, size of patches or number of tokens, and what was done to it."""
     changes = []
     if tensor.is_floating_point():
         tensor = tensor.double()
     if tensor.dim() == expected.dim() == 4 and len(tensor) == len(expected):
-        channels = expected.shape[1]
-        if tensor.shape[1] != channels and tensor.shape[1] in (1, 3):
+        if tensor.shape[1] != channels == expected.shape[1] and tensor.shape[1] in (1, 3):
             changes += ["colours summed"] if tensor.shape[1] == 3 else []
             changes += [f"shared by {channels} channels"] if channels > 1 else []
             tensor = tensor.sum(1, keepdim=True).expand(-1, channels, -1, -1) / channels
         factor = tensor.shape[2] // expected.shape[2]
-        if tensor.shape != expected.shape and tensor.shape[2:] == tuple(factor * size for size in expected.shape[2:]):
+        if (
+            "patch_embed" in ours
+            and factor > 1
+            and tensor.shape[2:] == tuple(factor * size for size in expected.shape[2:])
+        ):
             tensor = tensor.unflatten(3, (-1, factor)).unflatten(2, (-1, factor)).sum((3, 5))
             changes.append(
                 f"every {factor} × {factor} of the patch summed: for images of {factor} times the pixel size"
             )
-    if tensor.dim() == expected.dim() == 3 and tensor.shape != expected.shape and len(tensor) == len(expected) == 1:
+    if ours.endswith("position_embeddings") and tensor.dim() == 3 and tensor.shape != expected.shape:
         tensor, changes = _resized(tensor, expected.shape[1])
     return tensor, changes
 
