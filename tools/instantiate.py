@@ -116,7 +116,8 @@ def set_starting_point(output: Path, pretrained: Bundle, structure: Structure, o
     path = output / "configs" / "metadata.json"
     metadata = read_json(path)
     metadata["network_data_format"]["inputs"] = pretrained.metadata["network_data_format"]["inputs"]
-    metadata["required_packages_version"] |= pretrained.metadata.get("required_packages_version", {})
+    theirs = pretrained.metadata.get("required_packages_version", {})
+    metadata["required_packages_version"] = {**theirs, **metadata["required_packages_version"]}
     if "image_classes" in pretrained.metadata:
         metadata["image_classes"] = pretrained.metadata["image_classes"]
     metadata["network_data_format"]["outputs"]["pred"]["spatial_shape"] = pretrained.metadata["network_data_format"][

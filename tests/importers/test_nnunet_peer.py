@@ -15,9 +15,12 @@ from tests.importers.test_nnunet import flat, job, nested
 from tools.bundle import Bundle
 
 PYTHON = ROOT / ".venv-nnunet" / "bin" / "python"
-pytestmark = pytest.mark.skipif(
-    not (PYTHON.parent.parent / "ready").is_file(), reason="nnU-Net is not there: make .venv-nnunet/ready"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (PYTHON.parent.parent / "ready").is_file(), reason="nnU-Net is not there: make .venv-nnunet/ready"
+    ),
+]
 
 
 def peer(tmp_path, *jobs):
@@ -36,7 +39,12 @@ def images(tmp_path_factory):
     noise = random.standard_normal((40, 36, 14)).cumsum(0).cumsum(1).astype(np.float32)
     noise[:5] = noise[:, -3:] = noise[..., :2] = 0
     nibabel.save(nibabel.Nifti1Image(noise, np.diag([-1.0, -1.2, 4.5, 1])), folder / "thick.nii.gz")
-    found = {"thick": folder / "thick.nii.gz"}
+    found = {"thick": folder / "thick.nii.gz", "channels": []}
+    for number, part in enumerate(
+        (noise[:, :, 2:], 200 * noise[:, ::-1, :-2])
+    ):  # neither has zeros where the other has
+        nibabel.save(nibabel.Nifti1Image(part, np.diag([-1.0, -1.2, 2, 1])), folder / f"two_000{number}.nii.gz")
+        found["channels"].append(str(folder / f"two_000{number}.nii.gz"))
     if data := os.environ.get("REAL_DATA_DIR"):
         found["hippocampus"] = f"{data}/Dataset903_Hippocampus/imagesTr/hippocampus_001_0000.nii.gz"
         ct = nibabel.load(f"{data}/Dataset902_HeadNeckCT/imagesTr/okbp_004_0000.nii.gz")
@@ -59,6 +67,16 @@ def models(tmp_path_factory, images):
     kinds = {
         # axes in another order, slices that stay thick, kernels and strides of different sizes, plans of nnU-Net 2.3
         "thick": dict(configuration=flat(**thick, scheme="ZScoreNormalization"), forward=[0, 2, 1], mirror=[1], seed=2),
+        # two channels, one of which is normalised where it is not zero, and images that are turned to RAS
+        "channels": dict(
+            configuration=nested(
+                patch=[8, 16, 24], spacing=[2.0, 1.4, 1.1], strides=[one, [1, 2, 2], two], kernels=[three] * 3,
+                scheme=["ZScoreNormalization", "CTNormalization"],
+            ),
+            channels=["T1", "CT"],
+            reader="NibabelIOWithReorient",
+            seed=1,
+        ),
         "hippocampus": dict(
             configuration={"inherits_from": "base", "spacing": [1.1, 0.9, 1.3]},
             base=nested(**hippocampus, scheme="ZScoreNormalization"),
@@ -70,7 +88,7 @@ def models(tmp_path_factory, images):
             ),
             forward=[2, 0, 1],
             mirror=[0, 2],
-            channel="CT",
+            channels=["CT"],
             labels={"background": 0, "jaw": 1, "cord": 2, "larynx": 3, "ignore": 4},
         ),
     }  # fmt: skip
@@ -82,7 +100,7 @@ def models(tmp_path_factory, images):
     return folder
 
 
-KINDS = ["thick", "hippocampus", "head_and_neck"]
+KINDS = ["thick", "channels", "hippocampus", "head_and_neck"]
 
 
 def of_image(models, images, kind):
@@ -99,7 +117,7 @@ def through(bundle, image, **knobs):
             parser.get_parsed_content(key) for key in ("preprocessing", "inferer", "network_def")
         )
         network.load_state_dict(torch.load(bundle.model_file, weights_only=True))
-        item = preprocessing({"image": str(image)})
+        item = preprocessing({"image": image if isinstance(image, list) else str(image)})
         return item["image"], inferer(item["image"][None], network.eval())[0]
 
 
@@ -132,7 +150,9 @@ def test_label_maps(models, images, kind):
     bundle, theirs, image = of_image(models, images, kind)
     _, labels = through(bundle, image)
     ours = np.asarray(labels)[0].transpose()  # x, y, z to z, y, x
-    file = LoadImage(image_only=True)(image)
+    if kind == "channels":  # nnU-Net's are still turned to RAS
+        ours = ours[:, ::-1, ::-1]
+    file = LoadImage(image_only=True)(image[0] if isinstance(image, list) else image)
     assert labels.shape[1:] == file.shape
     exact, half = (int((ours != theirs[name]).sum()) for name in ("labels_float32", "labels"))
     print(f"{kind}: of {ours.size} voxels {exact} differ; {half} where nnU-Net sums in float16")

@@ -125,6 +125,18 @@ def test_a_starting_point(files, tmp_path):
     assert here("tools", "verify", bundle.path).returncode == 0
 
 
+def test_a_starting_point_without_a_head_gets_a_new_one(files, tmp_path):
+    content = torch.load(files / "Pretrain_AMOS.pth", weights_only=False)
+    torch.save({"backbone_state_dict": content["backbone_state_dict"]}, tmp_path / "trimmed.pth")
+    assert "say by --labels" in convert(tmp_path / "trimmed.pth", tmp_path / "out").stderr
+    bundle = converted(tmp_path / "trimmed.pth", tmp_path / "out", "--labels", "liver,spleen")
+    state = bundle.state()
+    assert bundle.labels == ["liver", "spleen"]
+    assert not state["head.weight"].any()
+    assert all(state[name].equal(tensor) for name, tensor in backbone(0).items())
+    assert "new: zeros" in (bundle.path / "docs/conversion.md").read_text()
+
+
 def test_labels_of_teeth_go_by_their_numbers(files, tmp_path):
     bundle = converted(files / "Pretrain_Cui.pth", tmp_path / "cui")
     assert bundle.labels[:2] == ["lower jawbone", "upper jawbone"]
@@ -216,7 +228,7 @@ def test_what_is_wrong_is_said_in_one_line(files, tmp_path, task_class, capfd):
         lambda c: c["delta_state_dict"].update({"2": torch.zeros(5)}),
     )
     refused("labels for 0 channels, its head has 1", lambda c: c["task"].clear())
-    refused("has no weights in heads_state_dict", lambda c: c.pop("heads_state_dict"))
+    refused("has no heads_state_dict", lambda c: c.pop("heads_state_dict"))
     refused("only task_heads.0 to 8 are known", lambda c: c.update(heads_state_dict=head(12, 1)))
     refused(
         "heads of BTCV_Abdomen, ToothFairy2: choose one by --dataset",

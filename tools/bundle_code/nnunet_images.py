@@ -19,7 +19,7 @@ from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing
 from monai.transforms import CropForegroundd, InvertibleTransform, MapTransform
 from monai.transforms.utils import scale_affine
-from monai.utils import TraceKeys
+from monai.utils import TraceKeys, convert_to_numpy
 from scipy import ndimage
 from torch import Tensor
 
@@ -89,7 +89,7 @@ class NormalizeChannelsd(MapTransform):
     def _normalized(self, image: Tensor) -> Tensor:
         if len(image) != len(self.schemes):
             raise ValueError(f"the image has {len(image)} channels, but there are {len(self.schemes)} schemes")
-        channels = np.array(image, dtype=np.float32)
+        channels = np.array(convert_to_numpy(image), dtype=np.float32)
         inside = None
         if any(scheme.get("nonzero") for scheme in self.schemes):
             inside = ndimage.binary_fill_holes((channels != 0).any(0))
@@ -164,7 +164,7 @@ class ResampleToSpacingd(MapTransform, InvertibleTransform):
         after = tuple(
             max(1, round(now / new * length)) for now, new, length in zip(today, self.spacing, before, strict=True)
         )
-        resized = resize(np.asarray(image), after, self.order, thick_axis(today, self.spacing))
+        resized = resize(convert_to_numpy(image), after, self.order, thick_axis(today, self.spacing))
         image = _like(image, torch.from_numpy(resized))
         info = {"mode": "linear"}  # of the inverse: Invertd makes it "nearest"
         return self.push_transform(

@@ -9,6 +9,7 @@ Methods 2021.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +18,24 @@ from tools.bundle import read_json
 from tools.errors import UserError
 from tools.importers.conversion import Conversion, named_tensors, read_checkpoint
 from tools.instantiate import stated_facts
-from tools.network import build, describe
+from tools.network import instantiate
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet")
-LIBRARY = "dynamic_network_architectures.architectures.unet"
-CLASSES = ("conv_op", "norm_op", "dropout_op", "nonlin")  # arguments of its networks that are classes
+NETWORKS = {"PlainConvUNet": "n_conv_per_stage", "ResidualEncoderUNet": "n_blocks_per_stage"}
+FIXED = {  # arguments of its networks, of which bundle code has these values
+    "conv_op": ("Conv3d",),
+    "norm_op": ("InstanceNorm3d",),
+    "norm_op_kwargs": ({"eps": 1e-5, "affine": True},),
+    "dropout_op": (None,),
+    "dropout_op_kwargs": (None, {}),
+    "nonlin": ("LeakyReLU",),
+    "nonlin_kwargs": ({"inplace": True}, {}, None),
+    "conv_bias": (True,),
+    "nonlin_first": (False,),
+    "deep_supervision": (True, False),
+}
 SCHEMES = {
     "CTNormalization": "ct",
     "ZScoreNormalization": "zscore",
@@ -55,7 +66,7 @@ def read(checkpoint: Path, plans: str = "", dataset_json: str = "") -> Conversio
     content = read_checkpoint(checkpoint)
     if not isinstance(content, Mapping) or "network_weights" not in content:
         raise UserError(f"{checkpoint} is no checkpoint of nnU-Net 2: it has no network_weights")
-    recorded = content.get("init_args") or {}
+    recorded = content["init_args"] if isinstance(content.get("init_args"), Mapping) else {}
     plans_of = _described(checkpoint, plans, "plans", recorded)
     dataset = _described(checkpoint, dataset_json, "dataset_json", recorded)
     try:
@@ -66,13 +77,13 @@ def read(checkpoint: Path, plans: str = "", dataset_json: str = "") -> Conversio
         preprocessing = _preprocessing(plans_of, configuration, axes, len(channels))
         network_def = _network_def(configuration, axes, len(channels), 1 + len(labels))
         patch_size = [int(configuration["patch_size"][axis]) for axis in axes]
+        mirror_axes = sorted(axes.index(axis) for axis in content.get("inference_allowed_mirroring_axes") or ())
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(
             f"{checkpoint}: its plans.json or dataset.json are not nnU-Net's ({type(error).__name__}: {error})"
         ) from None
     weights = named_tensors(content["network_weights"], checkpoint, "network_weights")
-    tensors, origins = _in_order(weights, network_def, axes, f"{checkpoint} ({content.get('trainer_name')})")
-    mirrored = content.get("inference_allowed_mirroring_axes") or ()
+    tensors, origins, others = _in_order(weights, network_def, axes, f"{checkpoint} ({content.get('trainer_name')})")
     facts = {
         "trainer": content.get("trainer_name", "unknown"),
         "plans": f"{plans_of.get('plans_name', 'unnamed')}, {recorded.get('configuration', '3d_fullres')}",
@@ -85,13 +96,13 @@ def read(checkpoint: Path, plans: str = "", dataset_json: str = "") -> Conversio
         labels={name: [name] for name in labels},
         tensors=tensors,
         origins=origins,
-        left_out={name: why for name, why in NOT_WEIGHTS.items() if name in content},
+        left_out=others | {name: why for name, why in NOT_WEIGHTS.items() if name in content},
         values={
             "network_def": network_def,
             "preprocessing": {"_target_": "Compose", "transforms": preprocessing},
             "patch_size": patch_size,
             "windows": "nnunet",
-            "mirror_axes": sorted(axes.index(axis) for axis in mirrored),
+            "mirror_axes": mirror_axes,
             "inferer_output": "smooth_labels",
         },
         image={
@@ -102,7 +113,7 @@ def read(checkpoint: Path, plans: str = "", dataset_json: str = "") -> Conversio
             "value_range": [],
             "spatial_shape": patch_size,
         },
-        packages=["dynamic-network-architectures", "scipy"],
+        packages=["scipy"],
         metadata={
             "name": f"nnU-Net, {data['dataset']}",
             "task": f"Segmentation of {', '.join(labels)}",
@@ -212,30 +223,39 @@ def _preprocessing(
 def _network_def(
     configuration: Mapping[str, Any], axes: Sequence[int], in_channels: int, out_channels: int
 ) -> dict[str, Any]:
-    """The network by the library that nnU-Net takes it from, which may be the older, flat kind of plans."""
-    import torch
-
     name, arguments = _architecture(configuration)
     if name not in NETWORKS:
         raise UserError(f"its network is {name}; only {' and '.join(NETWORKS)} can be converted")
-    definition: dict[str, Any] = {
-        "_target_": f"{LIBRARY}.{name}",
-        "input_channels": in_channels,
-        "num_classes": out_channels,
-        "deep_supervision": False,
-    }
+    stages = arguments["n_stages"]
+    sizes = ("n_stages", "features_per_stage", "kernel_sizes", "strides", NETWORKS[name], "n_conv_per_stage_decoder")
     for key, value in arguments.items():
-        if key in CLASSES and value is not None:
-            found = str(value).rpartition(".")[2]
-            if not isinstance(getattr(torch.nn, found, None), type):
-                raise UserError(f"{key} of its network is {value}, which PyTorch does not have")
-            definition[key] = f"$torch.nn.{found}"
-        elif key in ("strides", "kernel_sizes") and isinstance(value, list | tuple):
-            definition[key] = [[int(size[axis]) for axis in axes] if isinstance(size, list) else size for size in value]
-        elif key not in definition:
-            if isinstance(value, str):
-                raise UserError(f"{key} of its network is {value!r}, which cannot be converted")
-            definition[key] = value
+        found = value.rpartition(".")[2] if isinstance(value, str) else value
+        if key not in sizes and not (value is None and key not in FIXED) and found not in FIXED.get(key, ()):
+            raise UserError(f"there is no bundle code for a network whose {key} is {value}")
+
+    def each(key: str, count: int) -> list[Any]:
+        value = arguments[key]
+        return list(value) if isinstance(value, list | tuple) else [value] * count
+
+    def turned(key: str) -> list[list[int]]:
+        triples = (size if isinstance(size, list | tuple) else [size] * 3 for size in each(key, stages))
+        return [[int(size[axis]) for axis in axes] for size in triples]
+
+    definition = {
+        "_target_": "scripts.nnunet_unet.NnUNet",
+        "in_channels": in_channels,
+        "out_channels": out_channels,
+        "features": each("features_per_stage", stages),
+        "kernel_sizes": turned("kernel_sizes"),
+        "strides": turned("strides"),
+        "blocks": each(NETWORKS[name], stages),
+        "decoder_convolutions": each("n_conv_per_stage_decoder", stages - 1),
+        "residual": name == "ResidualEncoderUNet",
+    }
+    if definition["strides"][0] != [1, 1, 1]:
+        raise UserError(
+            f"its network begins with a stride of {arguments['strides'][0]}: its output is smaller than the image"
+        )
     return definition
 
 
@@ -244,49 +264,52 @@ def _architecture(configuration: Mapping[str, Any]) -> tuple[str, Mapping[str, A
     if "architecture" in configuration:
         architecture = configuration["architecture"]
         return architecture["network_class_name"].rpartition(".")[2], architecture["arch_kwargs"]
+    name = configuration["UNet_class_name"]
     stages = len(configuration["n_conv_per_stage_encoder"])
-    plain = configuration["UNet_class_name"] == "PlainConvUNet"
     features = [configuration["UNet_base_num_features"] * 2**stage for stage in range(stages)]
-    return configuration["UNet_class_name"], {
+    return name, {
         "n_stages": stages,
         "features_per_stage": [min(number, configuration["unet_max_num_features"]) for number in features],
-        "conv_op": "Conv3d",
         "kernel_sizes": configuration["conv_kernel_sizes"],
         "strides": configuration["pool_op_kernel_sizes"],
-        "n_conv_per_stage" if plain else "n_blocks_per_stage": configuration["n_conv_per_stage_encoder"],
+        NETWORKS.get(name, ""): configuration["n_conv_per_stage_encoder"],
         "n_conv_per_stage_decoder": configuration["n_conv_per_stage_decoder"],
-        "conv_bias": True,
-        "norm_op": "InstanceNorm3d",
-        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-        "nonlin": "LeakyReLU",
-        "nonlin_kwargs": {"inplace": True},
     }
 
 
 def _in_order(
     weights: Mapping[str, Tensor], network_def: Mapping[str, Any], axes: Sequence[int], whose: str
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The network's tensors with MONAI's axes, the names of one tensor sharing it; and what each was made from."""
-    aliases = describe(network_def).aliases
-    names = list(build(network_def, network_def["num_classes"]).state_dict())
+) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:
+    """The network's tensors with MONAI's axes, what each was made from, and what was left out.
+
+    nnU-Net's modules are each registered twice or more, so that most tensors have several names.
+    """
+    shapes = instantiate({**network_def, "_target_": "tools.bundle_code.nnunet_unet.NnUNet"}).state_dict()
+    heads = len(network_def["decoder_convolutions"])
+    names = {name: name.replace("head.", f"decoder.seg_layers.{heads - 1}.") for name in shapes}
     order = [0, 1, *(2 + axis for axis in axes)]
-    turned: dict[str, Tensor] = {}
-    origins: dict[str, str] = {}
-    for name in names:
-        first = aliases.get(name, name)
-        if first not in weights:
+    tensors, origins = {}, {}
+    for name, theirs in names.items():
+        if theirs not in weights:
             raise UserError(
-                f"{whose} has no tensor {first}, which its plans' network has: its trainer built another one"
+                f"{whose} has no tensor {theirs}, which its plans' network has: its trainer built another one"
             )
-        if first not in turned:
-            tensor = weights[first]
-            turned[first] = tensor.permute(order).contiguous() if tensor.dim() == 5 else tensor
-        if name in weights and not weights[name].equal(weights[first]):
-            raise UserError(f"{whose}: tensors {name} and {first} are one in the network, but differ")
-        axes_said = ", axes turned from z, y, x" if turned[first].dim() == 5 else ""
-        origins[name] = f"`{first}`{axes_said}" if name == first else f"`{first}`, the same tensor"
-    if extra := [name for name in weights if name not in origins]:
-        raise UserError(
-            f"{whose} has a tensor {extra[0]}, which its plans' network has not: its trainer built another one"
-        )
-    return {name: turned[aliases.get(name, name)] for name in names}, origins
+        kernel = weights[theirs].dim() == 5
+        tensors[name] = weights[theirs].permute(order) if kernel else weights[theirs]
+        origins[name] = f"`{theirs}`{', axes turned' if kernel and max(weights[theirs].shape[2:]) > 1 else ''}"
+        if tensors[name].shape != shapes[name].shape:
+            found = tuple(weights[theirs].shape)
+            raise UserError(f"{whose}: tensor {theirs} is {found}, its plans' network has another shape there")
+    left_out = {}
+    for name in weights.keys() - set(names.values()):
+        first = re.sub(r"all_modules\.([01])", lambda match: ("conv", "norm")[int(match[1])], name)
+        first = first.removeprefix("decoder.") if first.startswith("decoder.encoder.") else first
+        if first in weights and first != name and weights[first].equal(weights[name]):
+            left_out[name] = f"another name of `{first}`"
+        elif re.fullmatch(r"decoder\.seg_layers\.\d+\.(weight|bias)", name):
+            left_out[name] = "a head at a lower resolution, of which only training makes use"
+        else:
+            raise UserError(
+                f"{whose} has a tensor {name}, which its plans' network has not: its trainer built another one"
+            )
+    return tensors, origins, dict(sorted(left_out.items()))

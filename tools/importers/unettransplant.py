@@ -80,7 +80,7 @@ def read(
             is the task vector.
         dataset: whose head is taken, if there are several.
         labels: the head's channels in order, where the file and the known datasets do not say them: "liver,spleen", or with the
-            voxel values that each stands for "{kidneys: [2, 3]}".
+            voxel values that each stands for "{kidneys: [2, 3]}". A starting point without a head gets a new one for them.
         normalization: "percentile", to [0, 1] between the 0.5 and 99.5 percentiles, as in the published training code; or
             "zscore" after that clipping, with which others report that the published weights work. It is not settled which.
 
@@ -100,15 +100,22 @@ def read(
     if part not in parts:
         raise UserError(f"--part must be one of {', '.join(parts)} for {checkpoint.name}, got {part!r}")
 
-    dataset, weight, bias = _head(checkpoint, content, dataset)
-    task = next((one for one in content.get("task") or [] if isinstance(one, PickledTask)), PickledTask())
-    channels, rows = _channels(checkpoint, dataset, task, len(bias), labels, is_vector)
     backbone, origins = _vector_backbone(checkpoint, content, part) if is_vector else _backbone(checkpoint, content)
+    first = backbone["encoders.0.basic_module.conv1.weight"]
     left_out = {name: why for name, why in NO_WEIGHTS.items() if name in content}
     if not is_vector:
         dropped = [name for name in content["backbone_state_dict"] if "final_conv" in name]
         left_out |= dict.fromkeys(dropped, "not part of the backbone")
-    lineage: dict[str, Any] = {"data": {"dataset": dataset}}
+    if content.get("heads_state_dict"):
+        dataset, weight, bias = _head(checkpoint, content, dataset)
+    elif part == "start" and labels is not None:
+        dataset, weight, bias = dataset or "unknown", None, None
+    else:
+        raise UserError(f"{checkpoint} has no heads_state_dict: say by --labels what its starting point was trained on")
+    task = next((one for one in content.get("task") or [] if isinstance(one, PickledTask)), PickledTask())
+    count = None if bias is None else len(bias)
+    channels, rows = _channels(checkpoint, dataset, task, count, labels, is_vector)
+    lineage: dict[str, Any] = {} if is_vector and part == "start" else {"data": {"dataset": dataset}}
     if part == "specialist":
         start, _ = _vector_backbone(checkpoint, content, "start")
         lineage |= {
@@ -116,15 +123,15 @@ def read(
             "pretrained": f"the starting point in {checkpoint.name}",
             "pretrained_sha256": _sha256(start),
         }
-    head, head_origins = _canonical(dataset, weight, bias, rows)
-    if is_vector and part == "start":
-        left_out |= {f"task_heads.{DATASETS.index(dataset)}.*": "the specialist's"}
-        head = {name: tensor * 0 for name, tensor in head.items()}
+    if bias is None or (is_vector and part == "start"):
+        head = {"head.weight": first.new_zeros(1 + len(channels), len(first), 1, 1, 1)}
+        head["head.bias"] = first.new_zeros(1 + len(channels))
         head_origins = dict.fromkeys(head, "new: zeros; the file has no head of its starting point")
+        left_out |= {f"task_heads.{DATASETS.index(dataset)}.*": "the specialist's"} if bias is not None else {}
     else:
+        head, head_origins = _canonical(dataset, weight, bias, rows)
         dead = [row for row in range(len(bias)) if row not in rows]
         left_out |= {f"channel {row} of the head": f"{dataset} has no label {row + 1}" for row in dead}
-    first = backbone["encoders.0.basic_module.conv1.weight"]
     clipped = "scaled to [0, 1] between its 0.5 and 99.5 percentiles"
     return Conversion(
         template=TEMPLATE,
@@ -178,15 +185,15 @@ def _head(checkpoint: Path, content: Mapping[str, Any], dataset: str) -> tuple[s
 
 
 def _channels(
-    checkpoint: Path, dataset: str, task: PickledTask, count: int, labels: object, is_vector: bool
+    checkpoint: Path, dataset: str, task: PickledTask, count: int | None, labels: object, is_vector: bool
 ) -> tuple[dict[str, list[int | str]], list[int]]:
     """The bundle's labels with the dataset's own that each stands for, and the rows of the head that they are."""
     known = LABELS.get(dataset, {})
     if labels is not None:
         named = parse_channels(labels) or {str(name): name for name in parse_sources(labels)}
-        if len(named) != count:
+        if count not in (None, len(named)):
             raise UserError(f"--labels names {len(named)} channels, the head of {checkpoint} has {count}")
-        return {str(name): parse_sources(sources) for name, sources in named.items()}, list(range(count))
+        return {str(name): parse_sources(sources) for name, sources in named.items()}, list(range(len(named)))
     if not is_vector:  # trained on all labels 1, 2, 3 …, of which datasets leave out some
         values = [value for value in range(1, count + 1) if value in known or not known]
         return {known.get(v, f"{dataset} {v}"): [known.get(v, v)] for v in values}, [v - 1 for v in values]
@@ -282,7 +289,9 @@ def _canonical(
         head[f"head.{name}"] = tensor.new_zeros(1 + len(rows), *tensor.shape[1:])
         head[f"head.{name}"][1:] = tensor[list(rows)]
     there = f"task_heads.{DATASETS.index(dataset)}"
-    return head, {f"head.{name}": f"new row of zeros, then `{there}.{name}`" for name in ("weight", "bias")}
+    return head, {
+        f"head.{name}": f"`{there}.{name}`, under a row of zeros for the background" for name in ("weight", "bias")
+    }
 
 
 def _sha256(backbone: Mapping[str, Tensor]) -> str:
