@@ -130,23 +130,22 @@ def test_vit(class_token):
     assert all("norm_cross_attn" in name for name in new)  # which MONAI's block has, and does not use
 
 
-SWIN = [("patch_embed.proj.weight", (8, 3, 2, 2)), ("patch_embed.proj.bias", (8,))]
 DEPTHS, WINDOW = (2, 2, 1), 3
 
 
-def swin_weights(of_its_authors=False):
-    shapes = dict(SWIN) | {f"{name}.{kind}": (8,) for name in ("patch_embed.norm",) for kind in ("weight", "bias")}
-    for stage, depth in enumerate(DEPTHS):
-        width = 8 * 2**stage
+def swin_weights(of_its_authors=False, embedding=8, patch=2, depths=DEPTHS):
+    shapes = {f"patch_embed.{name}": (embedding,) for name in ("proj.bias", "norm.weight", "norm.bias")}
+    shapes["patch_embed.proj.weight"] = (embedding, 3, patch, patch)
+    for stage, depth in enumerate(depths):
+        width = embedding * 2**stage
         for block in range(depth):
             shapes |= block_shapes(f"layers.{stage}.blocks.{block}", width, 4 * width, (2 * WINDOW - 1) ** 2, 2)
         if stage:
             name = f"layers.{stage - of_its_authors}.downsample"
             shapes |= {f"{name}.norm.weight": (2 * width,), f"{name}.norm.bias": (2 * width,)}
             shapes |= {f"{name}.reduction.weight": (width, 2 * width)}
-    weights = random(
-        shapes | {"norm.weight": (32,), "norm.bias": (32,), "head.fc.weight": (5, 32), "head.fc.bias": (5,)}
-    )
+    shapes |= {"norm.weight": (width,), "norm.bias": (width,), "head.fc.weight": (5, width), "head.fc.bias": (5,)}
+    weights = random(shapes)
     return weights | {"layers.0.blocks.0.attn.relative_position_index": torch.zeros(9, 9, dtype=torch.int64)}
 
 

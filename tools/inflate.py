@@ -94,8 +94,8 @@ def _inflated(path: Path, deep_def: Mapping, flat_def: Mapping, mode: Mode, size
     flat, start = flat.double().eval(), deep.state_dict()
     flat.load_state_dict({**flat.state_dict(), **found.tensors})
     tensors, rules = inflate_weights(flat, deep, mode)
-    deep = instantiate(deep_def, devices=("cpu",)).double().eval()
-    deep.load_state_dict(tensors)
+    deep.load_state_dict(tensors, assign=True)
+    deep.double().eval()
     error = verify(flat, deep, channels, size, mode)
     origins = {name: _origin(name, rule, found) for name, rule in rules.items()}
     singles = {id(tensor): tensor.to(start[name].dtype) for name, tensor in tensors.items()}

@@ -19,7 +19,7 @@ of the whole window: that is right if only the first axis is smaller, and no oth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import fsum
 from typing import TYPE_CHECKING
@@ -215,7 +215,7 @@ def deviations(flat: nn.Module, deep: nn.Module, channels: int, shape: Sequence[
             expected = _tensors(flat(noise))
             found = _tensors(deep(noise.unsqueeze(2).expand(-1, -1, shape[0], -1, -1).contiguous()))
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"no volumes of {'×'.join(map(str, shape))} voxels fit these networks ({error})") from None
+        raise UserError(f"no volumes of {_times(shape)} voxels fit these networks ({error})") from None
     if len(expected) != len(found):
         raise UserError(f"the 2D network has {len(expected)} outputs, the 3D network {len(found)}")
     return [_per_slice(one, other) for one, other in zip(expected, found)]
@@ -241,31 +241,31 @@ def _per_slice(flat: Tensor, deep: Tensor) -> list[float]:
 
 
 @contextmanager
-def watched(deep: nn.Module):
-    """A list that, while the 3D network runs inside the block, gathers why its windowed attention cannot be exact."""
+def _refusing(deep: nn.Module) -> Iterator[None]:
+    """Stop the 3D network, when it runs inside the block, where its windowed attention is known not to be exact."""
     from monai.networks.nets.swin_unetr import PatchMergingV2, SwinTransformerBlock
 
-    reasons: list[str] = []
-
     def look(module: nn.Module, inputs: tuple) -> None:
-        sizes = list(inputs[0].shape[1:4])
+        depth, *plane = inputs[0].shape[1:4]
         if isinstance(module, PatchMergingV2):
-            if sizes[0] % 2:
-                reasons.append(f"a depth of {sizes[0]} tokens is merged by two, and zeros fill it up")
+            if depth % 2:
+                raise UserError(f"not exact: a depth of {depth} tokens is merged by two, and zeros fill it up")
             return
         window = list(module.window_size)
-        if sizes[0] > window[0] and sizes[0] % window[0]:
-            reasons.append(f"windows of {window[0]} do not divide a depth of {sizes[0]} tokens, and zeros fill it up")
-        if any(size < wide for size, wide in zip(sizes[1:], window[1:])):
-            reasons.append(
-                f"a window of {'×'.join(map(str, window))} is larger in plane than its map of {'×'.join(map(str, sizes))} "
-                "tokens, for which MONAI takes the relative positions of others"
+        if depth > window[0] and depth % window[0]:
+            raise UserError(
+                f"not exact: windows of {window[0]} do not divide a depth of {depth} tokens; zeros fill it up"
+            )
+        if min(depth, window[0]) > 1 and any(size < wide for size, wide in zip(plane, window[1:])):
+            raise UserError(
+                f"not exact: a window of {_times(window)} is larger in plane than its map of {_times([depth, *plane])} tokens, "
+                "for which MONAI takes the relative positions of others"
             )
 
     kinds = (PatchMergingV2, SwinTransformerBlock)
     handles = [module.register_forward_pre_hook(look) for module in deep.modules() if isinstance(module, kinds)]
     try:
-        yield reasons
+        yield
     finally:
         for handle in handles:
             handle.remove()
@@ -277,20 +277,21 @@ def verify(flat: nn.Module, deep: nn.Module, channels: int, shape: Sequence[int]
     Raises:
         UserError: it is more, with the reason where one is known.
     """
-    with watched(deep) as reasons:
+    with _refusing(deep):
         found = deviations(flat, deep, channels, shape)
     error = max(max(slices) for slices in found)
     if error <= TOLERANCE:
         return error
     last = found[-1]
-    if reasons:
-        reason = reasons[0]
-    elif mode != "centre":
+    reason = "a layer does something else at the ends of a volume than within it"
+    if mode != "centre":
         reason = "kernels with more than the centre tap meet the zeros that pad the volume; --mode centre does not"
-    else:
-        reason = "a layer does something else at the ends of a volume than within it"
     raise UserError(
-        f"not exact on volumes of {'×'.join(map(str, shape))} voxels, depth first: the 3D output differs from the 2D one by "
-        f"{error:.2g} of its largest value (last output: {last[0]:.2g} on the first slice, {last[len(last) // 2]:.2g} on the "
-        f"middle one): {reason}"
+        f"not exact on volumes of {_times(shape)} voxels, depth first: the 3D output differs from the 2D one by {error:.2g} of "
+        f"its largest value (last output: {last[0]:.2g} on the first slice, {last[len(last) // 2]:.2g} on the middle one): "
+        f"{reason}"
     )
+
+
+def _times(sizes: Sequence[int]) -> str:
+    return "×".join(map(str, sizes))
