@@ -10,7 +10,7 @@ import pytest
 import torch
 from monai.transforms import LoadImage
 
-from tests.conftest import ROOT, here
+from tests.conftest import ROOT, here, run
 from tests.importers.test_nnunet import flat, job, nested
 from tools.bundle import Bundle
 
@@ -159,3 +159,14 @@ def test_label_maps(models, images, kind):
     assert len(np.unique(ours)) >= 3
     assert exact <= 1e-4 * ours.size
     assert half <= 5e-3 * ours.size
+
+
+def test_the_label_map_that_a_user_gets(models, images, tmp_path):
+    bundle, theirs, image = of_image(models, images, "thick")
+    words = ("--config_file", bundle.path / "configs/inference.json", "--bundle_root", bundle.path)
+    run("monai.bundle", "run", *words, "--dataset_dir", image, "--output_dir", tmp_path, PYTHONPATH="")
+    ours = nibabel.load(tmp_path / "thick_seg.nii.gz")
+    assert ours.get_data_dtype() == np.uint8
+    np.testing.assert_allclose(ours.affine, nibabel.load(image).affine)
+    # bfloat16, where the processor computes in it
+    assert (np.asarray(ours.dataobj).transpose() != theirs["labels_float32"]).mean() < 0.01
