@@ -126,7 +126,7 @@ def test_a_swin_with_the_names_of_timm_in_a_swin_unetr(tmp_path):
         "window_size": [2, 3, 3],
         "patch_norm": True,
     }
-    options = ("--patch_size", "32,96,96")
+    options = ("--patch_size", "32,64,64")
     result = inflate(tmp_path / "swin.safetensors", network_def, tmp_path / "out", *options)
     assert result.returncode == 0, result.stderr
     state = Bundle(tmp_path / "out").state()

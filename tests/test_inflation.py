@@ -215,6 +215,15 @@ def test_swin_is_exact_where_windows_divide_the_depth(depth, patch, window, mode
     assert error < 1e-12
 
 
+def test_swin_whose_windows_are_filled_up_in_plane_is_exact_too():
+    """Both networks fill them up; and windows of one slice find their places in a smaller map."""
+    for volume, window in (((32, 64, 48), (4, 3, 3)), ((32, 32, 48), (1, 3, 3))):
+        torch.manual_seed(0)
+        flat, deep = shaken(swin(2, window[1:], (2, 2), "mergingv2")), swin(3, window, (2, 2, 2), "mergingv2")
+        inflated(flat, deep)
+        assert verify(flat, deep, 1, volume, "centre") < 1e-12
+
+
 @pytest.mark.parametrize(
     "volume, window, patch, reason",
     [

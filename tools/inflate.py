@@ -6,8 +6,9 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fire.decorators import SetParseFns
 
@@ -22,6 +23,9 @@ from tools.network import describe, instantiate, output_argument
 from tools.output import complete_output
 from tools.vendor import BUNDLES, SOURCE
 from tools.weights_2d import Weights2D, fit, read_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TEMPLATE = "merged_inference"
 AXCODES = (
@@ -59,7 +63,7 @@ def inflate(
         output: folder of the new bundle.
         network_2d: the 2D network in the same way. Default: the 3D one with spatial_dims 2, sizes without the depth's.
         mode: how kernels are shared out along the depth: centre, average, or taps that sum to 1: 0.25,0.5,0.25.
-        labels: names of the output channels 1, 2, …: liver,spleen. Default: label_1, … as many as network_def has.
+        labels: names of the output channels 1, 2, …: liver,spleen. Default: the bundle's, or label_1, …
         patch_size: of the windows, depth first: 96 or 32,224,224. Default: network_def's img_size, or the bundle's, or 96.
         overwrite: replace the output if it exists.
     """
@@ -67,12 +71,13 @@ def inflate(
     depth_taps(1, mode)  # so that a wrong one is noticed here
     deep_def, source = _definition(network_def)
     flat_def = _definition(network_2d)[0] if network_2d else _twin(deep_def)
-    names = _label_names(labels, deep_def)
+    names = _label_names(labels, deep_def, source)
     for definition in (deep_def, flat_def):
         definition[output_argument(definition)] = 1 + len(names)
     size = _patch_size(patch_size, deep_def, source)
     with complete_output(output, overwrite) as folder, _code(source):
-        conversion = _inflated(Path(weights), deep_def, flat_def, mode, size)
+        result = _inflated(Path(weights), deep_def, flat_def, mode, size)
+        conversion = _conversion(result, Path(weights), deep_def, mode, size)
         conversion.labels = {name: [name] for name in names}
         conversion.scripts = source.path / "scripts" if source else SOURCE
         write_conversion(folder, "inflate", "2D weights, inflated", Path(weights), conversion)
@@ -82,8 +87,29 @@ def inflate(
     print(f"on {conversion.facts['verified']}")
 
 
-def _inflated(path: Path, deep_def: Mapping, flat_def: Mapping, mode: Mode, size: Sequence[int]) -> Conversion:
-    """The inflated weights, verified."""
+@dataclass
+class Inflated:
+    """A 3D network's weights as they will be written.
+
+    Attributes:
+        tensors: by name, in the network's own precision; those that the file lacks are a 3D network's own start.
+        origins: of each, the rule and the name in the file.
+        found: what the file had.
+        error: by which 3D and 2D outputs differ.
+    """
+
+    tensors: dict[str, Tensor]
+    origins: dict[str, str]
+    found: Weights2D
+    error: float
+
+
+def _inflated(path: Path, deep_def: Mapping, flat_def: Mapping, mode: Mode, size: Sequence[int]) -> Inflated:
+    """The weights of a file, inflated and verified.
+
+    Raises:
+        UserError: they do not fit, or no rule is exact.
+    """
     import torch
 
     with torch.random.fork_rng(devices=[]):
@@ -91,26 +117,32 @@ def _inflated(path: Path, deep_def: Mapping, flat_def: Mapping, mode: Mode, size
         flat, deep = (instantiate(definition, devices=("cpu",)) for definition in (flat_def, deep_def))
     channels = deep_def.get("in_channels", 1)
     found = fit(read_weights(path), flat.state_dict(), channels, describe(flat_def).head, path)
-    flat, start = flat.double().eval(), deep.state_dict()
+    flat, start = flat.double().eval(), deep.state_dict(keep_vars=True)
     flat.load_state_dict({**flat.state_dict(), **found.tensors})
     tensors, rules = inflate_weights(flat, deep, mode)
     deep.load_state_dict(tensors, assign=True)
     deep.double().eval()
     error = verify(flat, deep, channels, size, mode)
     origins = {name: _origin(name, rule, found) for name, rule in rules.items()}
-    singles = {id(tensor): tensor.to(start[name].dtype) for name, tensor in tensors.items()}
-    counts = Counter(origin.partition(":")[0] for origin in origins.values())
+    single = {id(tensor): tensor.to(start[name].dtype) for name, tensor in tensors.items()}
+    written = {
+        name: start[name] if origins[name].startswith("new") else single[id(tensor)] for name, tensor in tensors.items()
+    }
+    return Inflated(written, origins, found, error)
+
+
+def _conversion(result: Inflated, path: Path, deep_def: Mapping, mode: Mode, size: Sequence[int]) -> Conversion:
+    """What the bundle will say, but for its labels and code."""
+    counts = Counter(origin.partition(":")[0] for origin in result.origins.values())
     shape = "×".join(map(str, size))
     new = " (new tensors: inflated too, for this check)" if counts["new"] else ""
+    channels = deep_def.get("in_channels", 1)
     return Conversion(
         template=TEMPLATE,
         labels={},
-        tensors={
-            name: start[name] if origins[name].startswith("new") else singles[id(tensor)]
-            for name, tensor in tensors.items()
-        },
-        origins=origins,
-        left_out=found.left_out,
+        tensors=result.tensors,
+        origins=result.origins,
+        left_out=result.found.left_out,
         values={"network_def": dict(deep_def), "preprocessing": _preprocessing(), "patch_size": list(size)},
         image={
             "num_channels": channels,
@@ -129,11 +161,13 @@ def _inflated(path: Path, deep_def: Mapping, flat_def: Mapping, mode: Mode, size
             ],
         },
         facts={
-            "names": found.layout,
+            "names": result.found.layout,
             "mode": mode if isinstance(mode, str) else f"taps {', '.join(map(str, mode))}",
             "tensors": ", ".join(f"{number} {rule}" for rule, number in sorted(counts.items())),
             "depth": "the network's first axis; images are turned so that slices are axial",
-            "verified": f"{shape} voxels of equal slices the 3D output is the 2D one within {error:.1e} of its maximum{new}",
+            "verified": (
+                f"{shape} voxels of equal slices the 3D output is the 2D one within {result.error:.1e} of its maximum{new}"
+            ),
         },
     )
 
@@ -180,9 +214,11 @@ def _twin(deep: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _label_names(labels: object, definition: Mapping[str, Any]) -> list[str]:
+def _label_names(labels: object, definition: Mapping[str, Any], source: Bundle | None) -> list[str]:
     if labels is not None:
         return [str(name) for name in parse_sources(labels)]
+    if source:
+        return source.labels
     count = definition[argument := output_argument(definition)]
     if not isinstance(count, int) or count < 2:
         raise UserError(f"network_def: {argument} is {count}, not background and some labels")
