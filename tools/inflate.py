@@ -28,16 +28,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TEMPLATE = "merged_inference"
-AXCODES = (
-    "SRA"  # depth first, so that slices are the axial ones: S, and then rows and columns as a 2D slice of RAS has them
-)
+AXCODES = "SRA"  # depth first, so that slices are axial; their rows and columns as in RAS
 SPATIAL = ("img_size", "patch_size", "window_size")  # arguments of MONAI's networks with a number for each axis
-PER_LEVEL = (
-    "kernel_size",
-    "strides",
-    "upsample_kernel_size",
-    "up_kernel_size",
-)  # a number, or one for each axis, for each level
+# arguments with a number, or one for each axis, for each level
+PER_LEVEL = ("kernel_size", "strides", "upsample_kernel_size", "up_kernel_size")
 NEW = "the file has none; a 3D network's own start"
 
 
