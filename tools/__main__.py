@@ -14,6 +14,7 @@ COMMANDS = {
     "new_pretraining": "a copy of a pre-training bundle for the labels of an nnU-Net dataset, or for images without labels",
     "new_task": "a bundle that fine-tunes one task from a starting point",
     "convert": "a published checkpoint of another framework into a bundle",
+    "inflate": "the weights of a 2D network into a 3D starting point",
     "diff": "the task vector between a starting point and a specialist",
     "statistics": "what the methods fisher and regmean need of a specialist, from unlabelled scans",
     "merge": "task vectors and their starting point into one bundle",

@@ -58,7 +58,7 @@ def convert(source: str, checkpoint: str, output: str, overwrite: bool = False, 
     path = Path(checkpoint)
     conversion = read(path, **options)
     with complete_output(output, overwrite) as folder:
-        _write(folder, source, path, conversion)
+        write_conversion(folder, source, SOURCES[source].split(":")[0], path, conversion)
     new = sum(origin.startswith("new") for origin in conversion.origins.values())
     print(
         f"{output}: {len(conversion.tensors) - new} tensors of {path.name}, {new} new, {len(conversion.left_out)} left out "
@@ -66,8 +66,19 @@ def convert(source: str, checkpoint: str, output: str, overwrite: bool = False, 
     )
 
 
-def _write(folder: Path, source: str, checkpoint: Path, conversion: Conversion) -> None:
-    """Make the bundle, and be sure that its network takes the weights."""
+def write_conversion(folder: Path, source: str, described: str, checkpoint: Path, conversion: Conversion) -> None:
+    """Make the bundle, and be sure that its network takes the weights.
+
+    Args:
+        folder: of the new bundle.
+        source: the word for where the checkpoint is from, for the lineage.
+        described: the same, for people.
+        checkpoint: the file or folder.
+        conversion: what was found in it.
+
+    Raises:
+        UserError: the network and the weights do not fit, or code is missing.
+    """
     import torch
 
     copy_template(BUNDLES / conversion.template, folder)
@@ -85,7 +96,7 @@ def _write(folder: Path, source: str, checkpoint: Path, conversion: Conversion) 
         converted["sha256"] = file_sha256(checkpoint)
     lineage = {**conversion.metadata.pop("lineage", {}), "converted_from": converted}
     update_metadata(folder, **{"copyright": "that of the checkpoint's authors", **conversion.metadata}, lineage=lineage)
-    facts = {"source": SOURCES[source].split(":")[0], **conversion.facts}
+    facts = {"source": described, **conversion.facts}
     if (folder / "configs" / "train.json").is_file():
         introduce(folder, f"Converted: {checkpoint.name}", facts)
     else:
