@@ -31,33 +31,47 @@ SOURCES = {
 }
 
 
-def convert(source: str, checkpoint: str, output: str, overwrite: bool = False, **options: Any) -> None:
+def convert(
+    source: str = "",
+    checkpoint: str = "",
+    output: str = "",
+    overwrite: bool = False,
+    list: bool = False,
+    **options: Any,
+) -> None:
     """Turn a checkpoint of another framework into a bundle that trains, merges and runs like any other here.
 
     Nothing that the checkpoint holds is executed. Every tensor of it is accounted for: docs/conversion.md in the bundle says
     what became of each.
 
     Args:
-        source: where it comes from: stunet, genesis, lwi, unettransplant, nnunet or monai; `--source list` describes them.
+        source: where it comes from: stunet, genesis, lwi, unettransplant, nnunet or monai; see --list.
         checkpoint: the file, or for monai the folder.
         output: folder of the new bundle.
         overwrite: replace the output if it exists.
-        options: of the source; a wrong one is answered by those that there are.
+        list: print the sources, or with --source the description of one and its options, and stop.
+        options: of the source, each a flag; see --list --source.
     """
-    if source == "list":
+    if source and source not in SOURCES:
+        raise UserError(f"no source {source!r}{nearest(source, SOURCES)}; there are {', '.join(SOURCES)}")
+    if list and not source:
         print("\n".join(f"{name:<16} {text}" for name, text in SOURCES.items()))
         return
-    if source not in SOURCES:
-        raise UserError(f"no source {source!r}{nearest(source, SOURCES)}; there are {', '.join(SOURCES)}")
+    given = {"--source": source, "--checkpoint": list or checkpoint, "--output": list or output}
+    if missing := [flag for flag, value in given.items() if not value]:
+        raise UserError(f"{', '.join(missing)} missing; see python -m tools convert --help")
     read = import_module(f"tools.importers.{source}").read
-    known = list(inspect.signature(read).parameters)[1:]
+    if list:
+        print(inspect.getdoc(read))
+        return
+    known = [*inspect.signature(read).parameters][1:]
     for name in options:
         if name not in known:
             there = f"it has {', '.join(f'--{n}' for n in known)}" if known else "it has none"
             raise UserError(f"source {source} has no option --{name}{nearest(name, known)}; {there}")
     path = Path(checkpoint)
-    conversion = read(path, **options)
     with complete_output(output, overwrite) as folder:
+        conversion = read(path, **options)
         write_conversion(folder, source, SOURCES[source].split(":")[0], path, conversion)
     new = sum(origin.startswith("new") for origin in conversion.origins.values())
     print(
