@@ -140,7 +140,7 @@ def plain_attention(state, x, heads=4):
 
 
 @pytest.mark.parametrize("separate", [False, True])
-def test_paired_attention_is_what_the_facts_say(separate):
+def test_paired_attention_is_as_published(separate):
     torch.manual_seed(0)
     attention = PairedAttention(12, 8, 4, 5, dropout=0.15, separate_projections=separate).eval()
     for parameter in attention.parameters():
