@@ -116,7 +116,7 @@ def test_learned_heads_stay_with_their_tasks(chain, tmp_path):
     vectors = ",".join(map(str, chain.vectors.values()))
     distil(
         str(chain.pretrain), vectors, str(chain.dataset), str(tmp_path / "m"),
-        scans=1, patches=4, steps=3, heads=True, head_learning_rate=0.1,
+        scans=1, patches=4, steps=3, heads=True, head_learning_rate=0.01,
     )  # fmt: skip
     merged, own = Bundle(tmp_path / "m").state(), Bundle(chain.merged).state()
     head = [name for name in merged if name in Bundle(chain.merged).structure().head]
