@@ -1,6 +1,5 @@
 """The corruptions: rates and sizes against closed forms, the shuffle against a plain loop, and nothing else changed."""
 
-
 import numpy as np
 import pytest
 import torch
