@@ -23,7 +23,7 @@ QUICK = {"width": 8, "patch_size": "[32, 32, 32]", "patches_per_volume": 4, "max
 
 
 def run(
-    *words: object, cwd: Path | str | None = None, check: bool = True, **environment: str
+    *words: object, cwd: Path | str | None = None, check: bool = True, timeout: float = 900, **environment: str
 ) -> subprocess.CompletedProcess:
     """Run ``python -m …`` as a user does, from another working directory than the project's."""
     result = subprocess.run(
@@ -32,7 +32,7 @@ def run(
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=timeout,
     )
     if check and result.returncode:
         raise AssertionError(

@@ -102,6 +102,8 @@ class SlidingWindow(Inferer):
         self.mixed_precision = MixedPrecisionInferer(precision=precision)
 
     def __call__(self, inputs: Tensor, network: nn.Module | Network, *args: Any, **kwargs: Any) -> Tensor:
+        if isinstance(network, nn.Module):  # servers take network_def, whose kernels are in the other format
+            network.to(memory_format=torch.channels_last_3d)
         return self.stack(inputs, [nullcontext(network)], *args, **kwargs)
 
     def stack(
