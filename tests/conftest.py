@@ -22,6 +22,11 @@ ROOT = Path(__file__).parents[1]
 QUICK = {"width": 8, "patch_size": "[32, 32, 32]", "patches_per_volume": 4, "max_epochs": 2, "val_interval": 1}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first, so that one process does not go on with it when the others have nothing left."""
+    items.sort(key=lambda item: item.path.name != "test_demo.py")
+
+
 def run(
     *words: object, cwd: Path | str | None = None, check: bool = True, timeout: float = 900, **environment: str
 ) -> subprocess.CompletedProcess:
