@@ -283,6 +283,14 @@ def test_fast_labels_are_nnunets_interpolated_masks(size, thick, apart):
     assert not np.array_equal(expected, ndimage.zoom(labels, factors, order=0, mode="nearest", grid_mode=True))
 
 
+def test_a_network_that_has_segmented_can_be_trained():
+    network = ResidualUNet3D(out_channels=2, width=8).eval()
+    with torch.inference_mode():
+        SlidingWindow(16)(image(16, 16, 16), network)
+    network(image(16, 16, 16)).sum().backward()
+    assert network.head.weight.grad.any()
+
+
 def test_smooth_labels_need_the_images_geometry(network):
     inferer = SlidingWindow(16, output="smooth_labels")
     with pytest.raises(ValueError, match="a MetaTensor from LoadImaged"):

@@ -103,7 +103,8 @@ class SlidingWindow(Inferer):
 
     def __call__(self, inputs: Tensor, network: nn.Module | Network, *args: Any, **kwargs: Any) -> Tensor:
         if isinstance(network, nn.Module):  # servers take network_def, whose kernels are in the other format
-            network.to(memory_format=torch.channels_last_3d)
+            with torch.inference_mode(False):  # within it the new weights could never be trained again
+                network.to(memory_format=torch.channels_last_3d)
         return self.stack(inputs, [nullcontext(network)], *args, **kwargs)
 
     def stack(
