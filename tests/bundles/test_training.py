@@ -107,7 +107,7 @@ def test_pretraining_with_each_of_the_papers_recipes_runs(chain, tmp_path):
         folder = tmp_path / recipe
         words = ["--bundle", ROOT / "bundles/pretrain_amos", "--dataset_dir", chain.dataset, "--output", folder]
         run("tools", "new_pretraining", *words, "--overlay", f"small,{recipe}")
-        extra = {**QUICK, "max_epochs": 1, "patches_per_volume": 3, "batch_size": 1}
+        extra = {**QUICK, "max_epochs": 1, "patches_per_volume": 2, "batch_size": 2}
         train(folder, *[word for key, value in extra.items() for word in (f"--{key}", value)])
         assert (folder / "models" / "model.pt").is_file()
         assert f'"dropout": {dropout}' in (folder / "configs/train.json").read_text()
