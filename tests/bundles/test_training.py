@@ -103,13 +103,17 @@ def test_evaluate_overlay_writes_dice_per_case(chain):
 
 
 def test_pretraining_with_each_of_the_papers_recipes_runs(chain, tmp_path):
-    for recipe, dropout in (("stable", 0.5), ("sharp", 0.0)):
-        folder = tmp_path / recipe
+    """And with sharpness-aware steps and averaged weights, which compose with them."""
+    for recipe, dropout in (("stable,sam,swa", 0.5), ("sharp,asam,ema", 0.0)):
+        folder = tmp_path / recipe.replace(",", "_")
         words = ["--bundle", ROOT / "bundles/pretrain_amos", "--dataset_dir", chain.dataset, "--output", folder]
         run("tools", "new_pretraining", *words, "--overlay", f"small,{recipe}")
         extra = {**QUICK, "max_epochs": 1, "patches_per_volume": 3, "batch_size": 1}
         train(folder, *[word for key, value in extra.items() for word in (f"--{key}", value)])
         assert (folder / "models" / "model.pt").is_file()
+        average = checkpoint(folder)["average"]
+        model = torch.load(folder / "models" / "model.pt", weights_only=True)
+        assert all(torch.equal(tensor, average[f"module.{name}"]) for name, tensor in model.items())
         assert f'"dropout": {dropout}' in (folder / "configs/train.json").read_text()
 
 
