@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -87,6 +88,8 @@ def flatness(
     bundles = {path: Bundle(path) for path in dict.fromkeys([*measured, *sides, *corners])}
     if not bundles:
         raise UserError("name bundles to measure: --bundle, --between or --plane")
+    if points < 2 or min(scans, patches, batch_size, seeds) < 1:
+        raise UserError("--points must be 2 or more; --scans, --patches, --batch_size and --seeds 1 or more")
     if len({b.name for b in bundles.values()}) != len(bundles):
         raise UserError("the bundles' folders must have different names")
     _check_same_network([bundles[path] for path in sides])
@@ -239,7 +242,7 @@ def draw(result: Mapping[str, Any], folder: Path) -> None:
         for number, (name, facts) in enumerate(bundles.items()):
             right.bar(np.arange(len(measures)) + number * width, [facts[m] for m in measures], width, label=name)
         right.set_xticks(
-            np.arange(len(measures)) + 0.4 - width / 2, [MEASURES[m].replace(", ", ",\n") for m in measures], fontsize=8
+            np.arange(len(measures)) + 0.4 - width / 2, [fill(MEASURES[m], 14) for m in measures], fontsize=8
         )
         right.set(yscale="log", title="curvature (small is flat)")
         right.legend()
@@ -262,7 +265,14 @@ def draw(result: Mapping[str, Any], folder: Path) -> None:
         picture.colorbar(filled, label="loss, mean of both tasks")
         for name, (x, y) in plane["points"].items():
             axis.plot(x, y, marker="o", color="white", markeredgecolor="black")
-            axis.annotate(name, (x, y), xytext=(6, 6), textcoords="offset points", color="white", fontweight="bold")
+            axis.annotate(
+                name,
+                (x, y),
+                xytext=(6, 6),
+                textcoords="offset points",
+                color="white",
+                bbox={"facecolor": "black", "alpha": 0.4, "linewidth": 0},
+            )
         axis.set(xlabel="distance in weight space", ylabel="distance in weight space", aspect="equal")
         picture.savefig(folder / "plane.png", dpi=110)
 

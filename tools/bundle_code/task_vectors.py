@@ -69,7 +69,10 @@ class ConstrainTaskVector:
             ]
         if self.longest is not None:
             length = float(nn.utils.get_total_norm(deltas))
-            deltas = [delta * min(1.0, self.longest / max(length, 1e-30)) for delta in deltas]
+            if length > self.longest:
+                deltas = [delta * (self.longest / length) for delta in deltas]
+            elif self.taken is None:
+                return
         for parameter, start, delta in zip(self.parameters, self.start, deltas, strict=True):
             parameter.copy_(start + delta)
 
