@@ -22,7 +22,7 @@ COMMANDS = {
     "recalibrate": "measure a merged network's batch normalisation anew",
     "edit": "add, remove or re-weight tasks of a merged bundle",
     "inspect": "what a bundle or a task vector is: lineage, labels, sizes, norms, conflicts",
-    "evaluate": "Dice per case and class on a labelled dataset, and pictures",
+    "evaluate": "Dice, surface Dice and HD95 of bundles on a labelled dataset, with intervals, tests and pictures",
     "card": "put measured results into a bundle's model card",
     "compare": "a table of every merge method on the same task vectors",
     "pack": "a bundle as a zip that MONAI downloads, byte for byte the same whoever packs it",
