@@ -25,6 +25,7 @@ from tools.lineage import file_sha256
 from tools.merge import split_paths
 from tools.output import complete_output
 from tools.scores import Score, read_scores, score_label_map, write_scores
+from tools.segmenter import Segmenter
 from tools.summary import Summary, summarise
 from tools.summary_table import markdown
 
@@ -83,6 +84,7 @@ def evaluate(
         "dataset": data_facts(dataset_dir)["dataset"],
         "part": f"{len(cases)} cases ({part})",
         "weights": {b.name: file_sha256(b.weights().path) for b in bundles},
+        "labels": {b.name: b.labels for b in bundles},  # of the label maps, from 1 on
         "tolerance_mm": tolerance,
     }
     partial = Path(f"{Path(output)}.partial")
@@ -274,28 +276,12 @@ def segment(bundle: Bundle, cases: Mapping[str, Mapping[str, Any]]) -> Iterator[
         UserError: the weights do not fit the bundle's network.
     """
     import torch
-    from monai.data import MetaTensor
 
     network = bundle.network().to(memory_format=torch.channels_last_3d)
-    device = next(network.parameters()).device
-    with bundle.code(), torch.inference_mode():
-        parser = bundle.parser()
-        parser["postprocessing"] = {
-            "_target_": "Compose",
-            "transforms": [
-                t for t in bundle.inference["postprocessing"]["transforms"] if "SaveImage" not in t["_target_"]
-            ],
-        }
-        inferer = parser.get_parsed_content("inferer")
-        preprocessing = parser.get_parsed_content("preprocessing")
-        postprocessing = parser.get_parsed_content("postprocessing")
+    with bundle.code():
+        segmenter = Segmenter(bundle)
         for name, case in tqdm(cases.items(), desc=bundle.name, disable=None, leave=False):
-            data = preprocessing({"image": case["image"]})
-            output = inferer(data["image"][None].to(device), network)[0]
-            data["pred"] = MetaTensor(output.cpu(), meta=getattr(output, "meta", data["image"].meta))
-            prediction = postprocessing(data)["pred"]
-            integers = np.asarray(prediction[0]).astype(np.uint8 if len(bundle.labels) < 256 else np.uint16)
-            yield name, integers, np.asarray(prediction.affine)
+            yield name, *segmenter(segmenter.load(case["image"]), network)
 
 
 def find_cases(dataset_dir: str | Path, part: str, split_file: str, fold: int) -> dict[str, dict]:
