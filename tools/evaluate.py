@@ -74,6 +74,7 @@ def evaluate(
     renamed = parse_channels(labels) or {}
     cases = find_cases(dataset_dir, part, split_file, fold)
     facts = {"dataset": data_facts(dataset_dir)["dataset"], "part": f"{len(cases)} cases ({part})"}
+    facts["labels"] = {b.name: b.labels for b in bundles}
     facts["weights"] = {b.name: file_sha256(b.weights().path) for b in bundles}
     partial = Path(f"{Path(output)}.partial")
     with complete_output(output, overwrite, sign="summary.json") as folder:
@@ -123,7 +124,7 @@ def score_bundle(
     """
     import nibabel
 
-    channels = _matched_channels(bundle, dataset_dir, labels)
+    channels = matched_channels(bundle, dataset_dir, labels)
     left_out = [label for label, values in channels.items() if values is None]
     if left_out:
         print(f"{bundle.name}: not scored, because the dataset does not have them: {', '.join(left_out)}")
@@ -283,7 +284,7 @@ def find_cases(dataset_dir: str | Path, part: str, split_file: str, fold: int) -
     return {name: case for name, case in named.items() if case in wanted}
 
 
-def _matched_channels(bundle: Bundle, dataset_dir: str | Path, labels: Mapping) -> dict[str, list[int] | None]:
+def matched_channels(bundle: Bundle, dataset_dir: str | Path, labels: Mapping) -> dict[str, list[int] | None]:
     """The dataset's voxel values for each channel; None where it does not have them."""
     from tools.bundle_code.nnunet_data import label_values
 
@@ -322,7 +323,7 @@ def _draw(
     reference: dict[str, np.ndarray] = {}
     columns = {"reference": reference}
     for bundle in bundles:
-        channels = _matched_channels(bundle, dataset_dir, labels)
+        channels = matched_channels(bundle, dataset_dir, labels)
         label_map = np.asarray(nibabel.load(folder / "label_maps" / bundle.name / f"{name}.nii.gz").dataobj)
         columns[bundle.name] = {label: label_map == i for i, label in enumerate(channels, start=1)}
         reference |= {label: np.isin(truth, values) for label, values in channels.items() if values is not None}
