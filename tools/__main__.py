@@ -24,6 +24,7 @@ COMMANDS = {
     "inspect": "what a bundle or a task vector is: lineage, labels, sizes, norms, conflicts",
     "evaluate": "Dice, surface Dice and HD95 of bundles on a labelled dataset, with intervals, tests and pictures",
     "card": "put measured results into a bundle's model card",
+    "report": "one HTML page about a merge: results, slices, agreement, coefficients, landscape, lineage",
     "compare": "a table of every merge method on the same task vectors",
     "pack": "a bundle as a zip that MONAI downloads, byte for byte the same whoever packs it",
     "verify": "check a bundle or its zip completely, offline and without running it",
