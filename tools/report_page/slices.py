@@ -147,16 +147,19 @@ def _segmented(bundle: Bundle, evaluation: Evaluation, column: str, case: str) -
     import nibabel
 
     labels, organs = None, []
-    for number, label in reversed([*enumerate(bundle.labels, start=1)]):
-        name = evaluation.bundle_of(column, label)
-        channels = evaluation.channels.get(name, [])
+    names = [evaluation.bundle_of(column, label) for label in bundle.labels]
+    for name in reversed([*dict.fromkeys(names)]):
         path = evaluation.folder / "label_maps" / name / f"{case}.nii.gz"
-        if name and label in channels and path.is_file():
-            own = np.asarray(nibabel.load(path).dataobj)
-            labels = np.zeros(own.shape, np.uint8) if labels is None else labels
-            labels[own == channels.index(label) + 1] = number
-            organs.append(number)
-    return _Layer(labels, organs)
+        if not name or not path.is_file():
+            continue
+        numbers = np.zeros(1 << 16, np.uint8)  # of the merge, by the bundle's own
+        for own, label in enumerate(evaluation.channels.get(name, []), start=1):
+            if label in bundle.labels and names[number := bundle.labels.index(label)] == name:
+                numbers[own] = number + 1
+        found = numbers[np.asarray(nibabel.load(path).dataobj)]
+        labels = found if labels is None else np.where(found, found, labels)
+        organs += numbers[numbers > 0].tolist()
+    return _Layer(labels, sorted(organs))
 
 
 def _pictures(name: str, paths: Mapping[str, Any], layers: Sequence[_Layer], grays: Sequence[int]) -> dict[str, Any]:
