@@ -164,7 +164,8 @@
         context.lineWidth = 1.2 * scale;
         context.stroke(path);
       }
-      context.fillStyle = "rgba(255, 255, 255, 0.75)";
+      context.fillStyle = "#fff";
+      [context.shadowColor, context.shadowBlur] = ["#000", 3 * scale];
       context.font = `${11 * scale}px sans-serif`;
       [context.textAlign, context.textBaseline] = ["center", "middle"];
       const [left, right, top, bottom] = plane.letters;

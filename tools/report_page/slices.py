@@ -202,10 +202,10 @@ def _pictures(name: str, paths: Mapping[str, Any], layers: Sequence[_Layer], gra
 
 
 def _windowed(image: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Gray values 0 to 255: from somewhat darker than the organs to a little brighter."""
+    """Gray values 0 to 255: what is as bright as the organs in the middle, with room on both sides."""
     low, high = np.percentile(image[reference > 0] if reference.any() else image, [2, 98])
     if reference.any():
-        low, high = low - 0.75 * (high - low), high + 0.25 * (high - low)
+        low, high = low - 0.6 * (high - low), high + 0.6 * (high - low)
     return np.clip((image - low) / max(high - low, 1e-6) * 255, 0, 255).astype(np.uint8)
 
 
