@@ -14,6 +14,8 @@ from tools.summary import mean_dice
 
 TITLES = ["specialists", "starting point + new heads (λ = 0)", "average", "task_arithmetic"]
 
+FLAGS = ["pretrained", "vectors", "specialists", "dataset_dir", "split_file", "output"]
+
 
 def means(bundle):
     return {label: found["dice"]["mean"] for label, found in bundle["labels"].items()}
@@ -85,3 +87,9 @@ def test_an_unknown_split_is_refused(chain, tmp_path):
 
     with pytest.raises(UserError, match="not found"):
         compare("p", "v", "s", str(chain.dataset), str(tmp_path / "none.json"), str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("others", ["runs/average", "a/joint,b/joint"])
+def test_rows_of_one_name_are_refused(others):
+    result = here("tools", "compare", *[f"--{flag}=x" for flag in FLAGS], "--others", others)
+    assert result.returncode == 1 and "must have names that differ" in result.stderr

@@ -54,6 +54,8 @@ def test_summary_and_pictures(evaluation):
     assert summary["normalized_accuracy"]["merged"]["labels"] == pytest.approx({"spleen": share})
     assert [(test["bundle"], test["label"], test["cases"]) for test in summary["paired"]] == [("merged", "spleen", 4)]
     assert "| merged | " in (evaluation / "summary.md").read_text()
+    facts = read_json(evaluation / "evaluation.json")
+    assert facts["labels"] == {"merged": ["liver", "spleen"], "spleen": ["spleen"]} and facts["tolerance_mm"] == 2
     pictures = sorted(evaluation.glob("*.png"))
     assert [p.stem for p in pictures] == [f"phantom_00{i}" for i in range(4)]
     assert all(p.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and p.stat().st_size > 10_000 for p in pictures)

@@ -90,7 +90,8 @@ def test_paired_differences_and_shares():
 
 def test_a_difference_that_is_significant_has_a_star_and_a_row():
     better = np.linspace(0.6, 0.7, 12)
-    found = summarise([*scores("a", "liver", better - 0.1), *scores("b", "liver", better)], {"liver": "a"})
+    against = {"liver": "a", "tumour": "a"}  # which the dataset does not have
+    found = summarise([*scores("a", "liver", better - 0.1), *scores("b", "liver", better)], against)
     text = markdown(found, notes={"b": "λ = 0.4"})
     assert f"| b (λ = 0.4) | {better.mean():.3f} [" in text and "(1.18)* |" in text
     assert "| b | a | liver | 12 | +0.100 [+0.100, +0.100] |" in text

@@ -59,6 +59,11 @@ def compare(
     for name in chosen:
         if name not in METHODS:
             raise UserError(f"no merge method {name!r}{nearest(name, METHODS)}; there are {', '.join(METHODS)}")
+    trained = {Path(path).name: path for path in split_paths(others)}
+    if {*trained} & {*METHODS} or len(trained) < len(split_paths(others)):
+        raise UserError(
+            "the folders of --others must have names that differ, and are no merge method's: they name the rows"
+        )
     files = split_paths(vectors)
     if len(files) > 2:
         chosen = [name for name in chosen if name not in PAIRS_ONLY]
@@ -72,7 +77,7 @@ def compare(
     rows = {"specialists": own}
     start = Recipe(pretrained, files, "task_arithmetic", {"scale": 0.0})
     rows["starting point + new heads (λ = 0)"] = scorer.recipe(start, "test")
-    rows |= {Path(path).name: scorer.bundle(Path(path), "test") for path in split_paths(others)}
+    rows |= {name: scorer.bundle(Path(path), "test") for name, path in trained.items()}
     notes: dict[str, str] = {}
     for name in chosen:
         tunable = "scale" in METHODS[name].parameters

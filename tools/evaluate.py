@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import signal
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from multiprocessing import get_context
@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from tools.bundle import Bundle
+from tools.bundle import Bundle, read_json
+from tools.calibration import CalibrationSummary, calibrate, calibration_markdown, check_inferer, summarise_calibration
 from tools.errors import UserError, nearest
 from tools.instantiate import data_facts
 from tools.labels import check_channels, parse_channels, parse_sources
@@ -24,7 +25,8 @@ from tools.lineage import file_sha256
 from tools.merge import split_paths
 from tools.output import complete_output
 from tools.scores import Score, read_scores, score_label_map, write_scores
-from tools.summary import summarise
+from tools.segmenter import Segmenter
+from tools.summary import Summary, summarise
 from tools.summary_table import markdown
 
 
@@ -39,6 +41,7 @@ def evaluate(
     tolerance: float = 2.0,
     against: str | Sequence[str] = (),
     workers: int = 0,
+    calibration: bool = False,
     overlays: bool = True,
     overwrite: bool = False,
 ) -> None:
@@ -60,6 +63,8 @@ def evaluate(
         against: those of the bundles that the others are compared with, separated by commas: one, or the specialists. Default:
             the specialists whose task vectors were merged.
         workers: processes that measure while the next case is segmented; 0 measures in between.
+        calibration: also write calibration.json: how far probabilities are from frequencies, and where two organs' heads claim
+            the same voxels. Runs each bundle a second time.
         overlays: draw reference and predictions, one PNG per case.
         overwrite: replace the output if it exists.
     """
@@ -70,36 +75,59 @@ def evaluate(
         raise UserError(f"--tolerance {tolerance}: it is a distance in millimetres, 0 or more")
     for b in bundles:
         check_channels(dataset_dir, b)
+        if calibration:
+            check_inferer(b)
     references = reference_bundles(bundles, split_paths(against))
     renamed = parse_channels(labels) or {}
     cases = find_cases(dataset_dir, part, split_file, fold)
-    facts = {"dataset": data_facts(dataset_dir)["dataset"], "part": f"{len(cases)} cases ({part})"}
-    facts["labels"] = {b.name: b.labels for b in bundles}
-    facts["weights"] = {b.name: file_sha256(b.weights().path) for b in bundles}
+    facts = {
+        "dataset": data_facts(dataset_dir)["dataset"],
+        "part": f"{len(cases)} cases ({part})",
+        "weights": {b.name: file_sha256(b.weights().path) for b in bundles},
+        "labels": {b.name: b.labels for b in bundles},  # of the label maps, from 1 on
+        "tolerance_mm": tolerance,
+    }
     partial = Path(f"{Path(output)}.partial")
     with complete_output(output, overwrite, sign="summary.json") as folder:
         folder.mkdir()
-        scores: list[Score] = []
         done = {b.name: partial / _key(b, dataset_dir, renamed, tolerance) for b in bundles}
+        scores: list[Score] = []
         with _scoring_processes(workers) as executor:
             for b in bundles:
                 scores += score_bundle(b, dataset_dir, cases, done[b.name], renamed, tolerance, executor)
-        for b in bundles:
-            (folder / "label_maps" / b.name).mkdir(parents=True)
-            for name in cases:
-                shutil.copyfile(done[b.name] / f"{name}.nii.gz", folder / "label_maps" / b.name / f"{name}.nii.gz")
-        write_scores(folder / "scores.csv", scores)
-        summary = summarise(scores, references)
-        (folder / "summary.json").write_text(json.dumps(summary.as_dict(), indent=2, allow_nan=False))
-        table = markdown(summary, tolerance)
-        (folder / "summary.md").write_text(f"{facts['dataset']}, {facts['part']}\n\n{table}")
-        (folder / "evaluation.json").write_text(json.dumps(facts | {"tolerance_mm": tolerance}, indent=2))
+        calibrated = {
+            b.name: _calibration(b, dataset_dir, cases, done[b.name], renamed) for b in bundles if calibration
+        }
+        for name, case in [(b.name, case) for b in bundles for case in cases]:
+            (folder / "label_maps" / name).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(done[name] / f"{case}.nii.gz", folder / "label_maps" / name / f"{case}.nii.gz")
+        table = _write_results(folder, scores, summarise(scores, references), calibrated, facts)
         if overlays:
             for name, case in tqdm(cases.items(), desc="pictures", disable=None, leave=False):
                 _draw(folder, bundles, name, case, dataset_dir, renamed)
-    _clear(partial, done.values())
+    _clear(partial)
     pictures = ", one PNG per case" if overlays else ""
     print(f"{table}\nwritten: {output}/scores.csv, summary.json, summary.md, label_maps/{pictures}")
+
+
+def _write_results(
+    folder: Path,
+    scores: Sequence[Score],
+    summary: Summary,
+    calibrated: Mapping[str, CalibrationSummary],
+    facts: Mapping[str, Any],
+) -> str:
+    """Write everything but label maps and pictures; returns the tables."""
+    write_scores(folder / "scores.csv", scores)
+    table = markdown(summary, facts["tolerance_mm"])
+    contents = {"summary": summary.as_dict(), "evaluation": facts}
+    if calibrated:
+        contents["calibration"] = {"bundles": {name: found.as_dict() for name, found in calibrated.items()}}
+        table += f"\n{calibration_markdown(calibrated)}"
+    for name, content in contents.items():
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2, allow_nan=False))
+    (folder / "summary.md").write_text(f"{facts['dataset']}, {facts['part']}\n\n{table}")
+    return table
 
 
 def score_bundle(
@@ -153,6 +181,16 @@ def _score_case(bundle: str, name: str, label_map: Path, *facts: Any) -> None:
     write_scores(label_map.with_name(f"{name}.csv"), score_label_map(bundle, name, label_map, *facts))
 
 
+def _calibration(
+    bundle: Bundle, dataset_dir: str | Path, cases: Mapping[str, Mapping[str, Any]], folder: Path, labels: Mapping
+) -> CalibrationSummary:
+    files = {name: folder / f"{name}.json" for name in cases}
+    missing = {name: case for name, case in cases.items() if not _made(files[name], case)}
+    if missing:
+        calibrate(bundle, missing, matched_channels(bundle, dataset_dir, labels), folder)
+    return summarise_calibration([read_json(file) for file in files.values()])
+
+
 def _made(path: Path, sources: Any) -> bool:
     """Whether a file is there and was made after the image, images, or image and label that it is made from."""
     if isinstance(sources, Mapping):
@@ -168,11 +206,11 @@ def _key(bundle: Bundle, dataset_dir: str | Path, labels: Mapping, tolerance: fl
     return f"{bundle.name}_{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
-def _clear(partial: Path, done: Iterable[Path]) -> None:
-    """Remove what was kept for the case that the evaluation is stopped."""
-    for folder in done:
+def _clear(partial: Path) -> None:
+    """Remove what was kept for the case that the evaluation is stopped, also with other settings, and nothing else."""
+    for folder in partial.glob(f"*_{'[0-9a-f]' * 16}"):
         shutil.rmtree(folder)
-    with suppress(OSError):  # it holds what belongs to others
+    with suppress(OSError):  # it holds something else
         partial.rmdir()
 
 
@@ -238,28 +276,12 @@ def segment(bundle: Bundle, cases: Mapping[str, Mapping[str, Any]]) -> Iterator[
         UserError: the weights do not fit the bundle's network.
     """
     import torch
-    from monai.data import MetaTensor
 
     network = bundle.network().to(memory_format=torch.channels_last_3d)
-    device = next(network.parameters()).device
-    with bundle.code(), torch.inference_mode():
-        parser = bundle.parser()
-        parser["postprocessing"] = {
-            "_target_": "Compose",
-            "transforms": [
-                t for t in bundle.inference["postprocessing"]["transforms"] if "SaveImage" not in t["_target_"]
-            ],
-        }
-        inferer = parser.get_parsed_content("inferer")
-        preprocessing = parser.get_parsed_content("preprocessing")
-        postprocessing = parser.get_parsed_content("postprocessing")
+    with bundle.code():
+        segmenter = Segmenter(bundle)
         for name, case in tqdm(cases.items(), desc=bundle.name, disable=None, leave=False):
-            data = preprocessing({"image": case["image"]})
-            output = inferer(data["image"][None].to(device), network)[0]
-            data["pred"] = MetaTensor(output.cpu(), meta=getattr(output, "meta", data["image"].meta))
-            prediction = postprocessing(data)["pred"]
-            integers = np.asarray(prediction[0]).astype(np.uint8 if len(bundle.labels) < 256 else np.uint16)
-            yield name, integers, np.asarray(prediction.affine)
+            yield name, *segmenter(segmenter.load(case["image"]), network)
 
 
 def find_cases(dataset_dir: str | Path, part: str, split_file: str, fold: int) -> dict[str, dict]:

@@ -95,11 +95,13 @@ def summarise(scores: Sequence[Score], against: Mapping[str, str] | None = None)
 
     Args:
         scores: of all bundles.
-        against: for each label the bundle, usually a specialist, that others are compared with.
+        against: for each label the bundle, usually a specialist, that others are compared with; one without scores of the label
+            does not count.
     """
-    bundles, against = {}, dict(against or {})
-    for name in dict.fromkeys(score.bundle for score in scores):
-        bundles[name] = _bundle_summary([score for score in scores if score.bundle == name])
+    names = dict.fromkeys(score.bundle for score in scores)
+    bundles = {name: _bundle_summary([score for score in scores if score.bundle == name]) for name in names}
+    scored = {(score.bundle, score.label) for score in scores}
+    against = {label: name for label, name in (against or {}).items() if (name, label) in scored}
     shares = {}
     for name in bundles:
         own = {label: values["dice"].mean for label, values in bundles[name].labels.items()}

@@ -54,19 +54,19 @@ def _table(
 ) -> str:
     shares = summary.normalized_accuracy if metric == "dice" else {}
     stars = {(t["bundle"], t["label"]) for t in summary.paired if metric == "dice" and t["p_holm"] < SIGNIFICANT}
-    columns = [*labels, "mean", *(["worst"] if shares else [])]
+    digits, columns = DIGITS[metric], [*labels, "mean", *(["worst"] if shares else [])]
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, bundle in rows.items():
         share = shares.get(name, {"labels": {}})
         measured = {label: bundle.labels[label][metric] for label in labels if label in bundle.labels}
         cells = [
-            _cell(measured.get(label), metric, share["labels"].get(label), (name, label) in stars) for label in labels
+            cell(measured.get(label), digits, share["labels"].get(label), (name, label) in stars) for label in labels
         ]
         whole = None
         if len(measured) == len(labels):
             whole = bundle.mean.get(metric) if len(bundle.labels) == len(labels) else None
             whole = whole or _without_interval(np.mean([value.mean for value in measured.values()]))
-        cells.append(_cell(whole, metric, share.get("mean")))
+        cells.append(cell(whole, digits, share.get("mean")))
         if shares:
             cells.append(f"{share['worst']:.2f}" if "worst" in share else "")
         note = f" ({notes[name]})" if notes.get(name) else ""
@@ -78,11 +78,10 @@ def _without_interval(mean: float) -> Estimate:
     return Estimate(float(mean), math.nan, math.nan, 1)
 
 
-def _cell(value: Estimate | None, metric: str, share: float | None = None, star: bool = False) -> str:
+def cell(value: Estimate | None, digits: int, share: float | None = None, star: bool = False) -> str:
     """As "0.814 [0.786, 0.839] (0.98)*"."""
     if value is None or math.isnan(value.mean):
         return ""
-    digits = DIGITS[metric]
     interval = "" if math.isnan(value.low) else f" [{value.low:.{digits}f}, {value.high:.{digits}f}]"
     part = "" if share is None else f" ({share:.2f})"
     return f"{value.mean:.{digits}f}{interval}{part}" + ("*" if star else "")
