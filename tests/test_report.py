@@ -100,7 +100,7 @@ def dataset(path: Path) -> None:
 @pytest.fixture(scope="module")
 def evaluation(folder) -> Path:
     bundles = ",".join(str(folder / name) for name in ("start", "liver", "other", "merged"))
-    words = ["--bundle", bundles, "--against", "liver,other", "--overlays", False]
+    words = ["--bundle", bundles, "--against", "liver,other", "--overlays", False, "--calibration"]
     words += ["--dataset_dir", folder / "data", "--output", folder / "evaluation"]
     done(here("tools", "evaluate", *words))
     return folder / "evaluation"
@@ -257,6 +257,12 @@ def test_the_numbers_are_those_of_the_evaluation(page, evaluation):
     table = {(row["label"], row["column"]): row for row in rows if row["metric"] == "dice"}
     assert float(table["liver", "merge"]["mean"]) == pytest.approx(own, abs=1e-6)
     assert table["liver", "specialists"]["bundle"] == "liver" and table["liver", "starting point"]["bundle"] == "start"
+    calibrated = read_json(evaluation / "calibration.json")["bundles"]["merged"]
+    error = next(
+        float(row["mean"]) for row in rows if (row["label"], row["column"], row["metric"]) == ("liver", "merge", "ece")
+    )
+    assert error == calibrated["ece"]["liver"]["mean"] > 0
+    assert f"liver and {HOSTILE}" in Page(page).texts["th"]
     share = next(
         float(row["mean"]) for row in rows if (row["label"], row["metric"]) == ("liver", "normalized_accuracy")
     )

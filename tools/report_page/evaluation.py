@@ -22,6 +22,7 @@ class Evaluation:
         folder: where they are.
         summary: summary.json.
         scores: rows of scores.csv.
+        conflicts: of calibration.json, if it is there: pairs of the merge's labels, and the volume that both claim, ml.
         channels: for each bundle the labels of its label maps, from 1 on.
         where: dataset and part, for people.
         merge: the merge's name in them.
@@ -33,6 +34,7 @@ class Evaluation:
     folder: Path
     summary: Mapping[str, Any]
     scores: list[Score]
+    conflicts: list[dict[str, Any]]
     channels: Mapping[str, list[str]]
     where: str
     merge: str
@@ -64,6 +66,13 @@ class Evaluation:
         if merge is None:
             raise UserError(f"{folder} has no results of these weights: evaluate the bundle as it is now")
         scores = read_scores(folder / "scores.csv")
+        calibrated = (
+            read_json(folder / "calibration.json")["bundles"] if (folder / "calibration.json").is_file() else {}
+        )
+        for name, found in calibrated.items():  # one more metric
+            bundles[name]["mean"]["ece"] = found["mean"]
+            for label, error in found["ece"].items():
+                bundles[name]["labels"][label]["ece"] = error
         against = summary.get("against") or []
         against = [name for name in ([against] if isinstance(against, str) else against) if name in bundles]
         specialists = {}
@@ -73,7 +82,10 @@ class Evaluation:
         start = pretrained if pretrained in bundles and pretrained not in (merge, *specialists.values()) else ""
         others = [name for name in bundles if name not in (merge, start, *against)]
         where = f"{facts.get('dataset', 'a dataset without a name')}, {facts.get('part', '')}"
-        return cls(folder, summary, scores, facts.get("labels", {}), where, merge, start, specialists, others)
+        conflicts = calibrated.get(merge, {}).get("conflicts", [])
+        return cls(
+            folder, summary, scores, conflicts, facts.get("labels", {}), where, merge, start, specialists, others
+        )
 
     @property
     def labels(self) -> list[str]:

@@ -14,6 +14,7 @@ METRICS = {
     "dice": ("Dice", 3),
     "nsd": ("Normalised surface Dice", 3),
     "hd95_mm": ("95 % Hausdorff distance, mm", 1),
+    "ece": ("Calibration error of the probabilities around each organ", 3),
     "false_positive_ml": ("False-positive volume where the organ is absent, ml", 2),
 }
 Number = dict[str, Any]
@@ -40,6 +41,11 @@ def scores_section(evaluation: Evaluation) -> Section:
         ),
         "tests": _tests(evaluation),
         "missed": _missed(evaluation),
+        "conflicts": [
+            (" and ".join(pair["labels"]), f"{pair['ml']['mean']:.2f}")
+            for pair in evaluation.conflicts
+            if pair["ml"]["mean"] is not None
+        ],
     }
     return Section("scores", "Dice by task", facts)
 
