@@ -25,6 +25,7 @@ COMMANDS = {
     "flatness": "how flat the loss is around bundles' weights, between two, and on the plane through three",
     "evaluate": "Dice, surface Dice and HD95 of bundles on a labelled dataset, with intervals, tests and pictures",
     "card": "put measured results into a bundle's model card",
+    "report": "one HTML page about a merge: results, slices, agreement, coefficients, landscape, lineage",
     "compare": "a table of every merge method on the same task vectors",
     "pack": "a bundle as a zip that MONAI downloads, byte for byte the same whoever packs it",
     "verify": "check a bundle or its zip completely, offline and without running it",
