@@ -25,6 +25,7 @@ COMMANDS = {
     "evaluate": "Dice per case and class on a labelled dataset, and pictures",
     "card": "put measured results into a bundle's model card",
     "compare": "a table of every merge method on the same task vectors",
+    "search": "choose the coefficients of a merge on validation patients",
     "pack": "a bundle as a zip that MONAI downloads, byte for byte the same whoever packs it",
     "verify": "check a bundle or its zip completely, offline and without running it",
     "vendor": "keep the Python in every bundle's scripts/ equal to tools/bundle_code",
