@@ -17,7 +17,6 @@ from tools.instantiate import data_facts
 from tools.labels import check_channels, parse_channels, parse_sources
 from tools.lineage import file_sha256
 from tools.output import complete_output
-from tools.segmenter import Segmenter
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ def score_bundle(
     """
     import nibabel
 
-    channels = matched_channels(bundle, dataset_dir, labels)
+    channels = _matched_channels(bundle, dataset_dir, labels)
     left_out = [label for label, values in channels.items() if values is None]
     if left_out:
         print(f"{bundle.name}: not scored, because the dataset does not have them: {', '.join(left_out)}")
@@ -154,14 +153,41 @@ def segment(
         UserError: the weights do not fit the bundle's network, or a label map is not on its image's grid.
     """
     import torch
+    from monai.data import MetaTensor
+    from monai.transforms import Compose, EnsureChannelFirst, LoadImage
     from tqdm import tqdm
 
     network = bundle.network().to(memory_format=torch.channels_last_3d)
-    with bundle.code():
-        segmenter = Segmenter(bundle)
-        for name, files in tqdm(cases.items(), desc=bundle.name, disable=None, leave=False):
-            case = segmenter.load(name, files)
-            yield name, segmenter(case, network), case.reference, case.affine
+    device = next(network.parameters()).device
+    with bundle.code(), torch.inference_mode():
+        parser = bundle.parser()
+        parser["postprocessing"] = {
+            "_target_": "Compose",
+            "transforms": [
+                t for t in bundle.inference["postprocessing"]["transforms"] if "SaveImage" not in t["_target_"]
+            ],
+        }
+        inferer = parser.get_parsed_content("inferer")
+        preprocessing = parser.get_parsed_content("preprocessing")
+        postprocessing = parser.get_parsed_content("postprocessing")
+        load_label = Compose([LoadImage(), EnsureChannelFirst()])
+        for name, case in tqdm(cases.items(), desc=bundle.name, disable=None, leave=False):
+            data = preprocessing({"image": case["image"]})
+            output = inferer(data["image"][None].to(device), network)[0]
+            data["pred"] = MetaTensor(output.cpu(), meta=getattr(output, "meta", data["image"].meta))
+            prediction = postprocessing(data)["pred"]
+            reference = load_label(case["label"])
+            same_grid = prediction.shape == reference.shape and np.allclose(
+                prediction.affine, reference.affine, atol=1e-3
+            )
+            if not same_grid:
+                raise UserError(f"case {name}: the label map is not on the grid of its image")
+            yield (
+                name,
+                np.asarray(prediction[0]).astype(np.uint8 if len(bundle.labels) < 256 else np.uint16),
+                np.asarray(reference[0]).round().astype(np.int32),
+                np.asarray(reference.affine),
+            )
 
 
 def summarise(scores: Sequence[Score]) -> dict[str, dict[str, float]]:
@@ -200,17 +226,8 @@ def find_cases(dataset_dir: str | Path, part: str, split_file: str, fold: int) -
     return {name: case for name, case in named.items() if case in wanted}
 
 
-def matched_channels(bundle: Bundle, dataset_dir: str | Path, labels: Mapping) -> dict[str, list[int] | None]:
-    """The dataset's voxel values for each channel of a bundle; None where it does not have them.
-
-    Args:
-        bundle: with the labels that it was trained on.
-        dataset_dir: nnU-Net raw dataset.
-        labels: the dataset's labels for channels that are called otherwise.
-
-    Raises:
-        UserError: the dataset has none of them.
-    """
+def _matched_channels(bundle: Bundle, dataset_dir: str | Path, labels: Mapping) -> dict[str, list[int] | None]:
+    """The dataset's voxel values for each channel; None where it does not have them."""
     from tools.bundle_code.nnunet_data import label_values
 
     matched: dict[str, list[int] | None] = {}
@@ -248,7 +265,7 @@ def _draw(
     reference: dict[str, np.ndarray] = {}
     columns = {"reference": reference}
     for bundle in bundles:
-        channels = matched_channels(bundle, dataset_dir, labels)
+        channels = _matched_channels(bundle, dataset_dir, labels)
         label_map = np.asarray(nibabel.load(folder / "label_maps" / bundle.name / f"{name}.nii.gz").dataobj)
         columns[bundle.name] = {label: label_map == i for i, label in enumerate(channels, start=1)}
         reference |= {label: np.isin(truth, values) for label, values in channels.items() if values is not None}

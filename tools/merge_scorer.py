@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ import numpy as np
 
 from tools.bundle import Bundle
 from tools.errors import UserError
-from tools.evaluate import dice, matched_channels
+from tools.evaluate import _matched_channels
 from tools.labels import check_channels
 from tools.merge import merge_recipe
 from tools.merge_engine import MergeEngine
 from tools.recipe import Recipe
-from tools.segmenter import Case, Segmenter
+from tools.segmenter import Segmenter
 from tools.task_vector import TaskVector
 
 KEPT_BYTES = 2**32  # of preprocessed cases
@@ -46,13 +47,13 @@ class MergeScorer:
         merge_recipe(recipe, Path(self._folder.name) / "merged", quiet=True)
         self.bundle = Bundle(Path(self._folder.name) / "merged")
         check_channels(dataset_dir, self.bundle)
-        self.channels = matched_channels(self.bundle, dataset_dir, {})
+        self.channels = _matched_channels(self.bundle, dataset_dir, {})
         self.vectors = [TaskVector(path) for path in recipe.vectors]
         self._start = Bundle(recipe.pretrained).weights()
         self._network = self.bundle.network().to(memory_format=torch.channels_last_3d)
         with self.bundle.code():
             self._segmenter = Segmenter(self.bundle)
-        self._kept: dict[str, Case] = {}
+        self._kept: dict[str, _Case] = {}
         self._kept_bytes = 0
 
     def scores(self, recipe: Recipe, cases: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, CaseDice]]:
@@ -93,25 +94,67 @@ class MergeScorer:
         for name, files in cases.items():
             with bundle.code():
                 case = self._case(name, files)
-                label_map = self._segmenter(case, network)
-            yield (
-                name,
-                {
-                    label: dice(label_map == channel, np.isin(case.reference, values))
-                    for channel, (label, values) in enumerate(self.channels.items(), start=1)
-                    if values is not None
-                },
-            )
+                label_map, affine = self._segmenter(case.image, network)
+            if label_map.shape != case.reference.shape or not np.allclose(affine, case.affine, atol=1e-3):
+                raise UserError(f"case {name}: the label map is not on the grid of its image")
+            yield name, case.dice(label_map, self.channels)
 
-    def _case(self, name: str, files: Mapping[str, Any]) -> Case:
+    def _case(self, name: str, files: Mapping[str, Any]) -> _Case:
         if name in self._kept:
             return self._kept[name]
-        case = self._segmenter.load(name, files)
-        size = case.data["image"].nbytes + case.reference.nbytes
-        if self._kept_bytes + size <= KEPT_BYTES:
+        case = _Case.load(self._segmenter, files)
+        if self._kept_bytes + case.size <= KEPT_BYTES:
             self._kept[name] = case
-            self._kept_bytes += size
+            self._kept_bytes += case.size
         return case
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A labelled case in memory.
+
+    Attributes:
+        image: preprocessed.
+        values: of the reference, ascending.
+        reference: their positions, voxel by voxel (X, Y, Z).
+        affine: voxel to world, 4x4, RAS millimetres.
+    """
+
+    image: Mapping[str, Any]
+    values: np.ndarray
+    reference: np.ndarray
+    affine: np.ndarray
+
+    @classmethod
+    def load(cls, segmenter: Segmenter, files: Mapping[str, Any]) -> _Case:
+        from monai.transforms import Compose, EnsureChannelFirst, LoadImage
+
+        label = Compose([LoadImage(), EnsureChannelFirst()])(files["label"])
+        voxels = np.asarray(label[0]).round().astype(np.int32)
+        values, positions = np.unique(voxels, return_inverse=True)
+        return cls(
+            segmenter.load(files["image"]),
+            values,
+            positions.reshape(voxels.shape).astype(np.int16),
+            label.affine.numpy(),
+        )
+
+    @property
+    def size(self) -> int:
+        return self.image["image"].nbytes + self.reference.nbytes
+
+    def dice(self, label_map: np.ndarray, channels: Mapping[str, list[int] | None]) -> CaseDice:
+        """Dice of every organ that the dataset has, from one count of which voxels have which label in both."""
+        columns = 1 + max(len(channels), int(label_map.max()))
+        pairs = self.reference.astype(np.int64) * columns + label_map
+        counts = np.bincount(pairs.ravel(), minlength=len(self.values) * columns).reshape(-1, columns)
+        found: CaseDice = {}
+        for channel, (label, values) in enumerate(channels.items(), start=1):
+            if values is not None:
+                organ = counts[np.isin(self.values, values)]
+                truth, predicted = int(organ.sum()), int(counts[:, channel].sum())
+                found[label] = 2 * int(organ[:, channel].sum()) / (truth + predicted) if truth else float("nan")
+        return found
 
 
 def mean_dice(scores: Mapping[str, CaseDice]) -> dict[str, float]:

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -92,7 +93,9 @@ def open_study(
         )
     source = [seed, number, *([os.getpid(), *platform.node().encode()] if shared else [])]
     study.sampler = optuna.samplers.TPESampler(seed=int(np.random.SeedSequence(source).generate_state(1)[0]))
-    study.pruner = optuna.pruners.WilcoxonPruner() if pruned else optuna.pruners.NopPruner()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study.pruner = optuna.pruners.WilcoxonPruner() if pruned else optuna.pruners.NopPruner()
     return study
 
 
