@@ -35,19 +35,20 @@ class MergeScorer:
     Args:
         recipe: one of them; method and parameters of the others may differ.
         dataset_dir: nnU-Net raw dataset.
+        labels: the dataset's labels for organs that are called otherwise.
 
     Raises:
         UserError: the recipe cannot be merged, or the dataset has none of its labels, or images of other channels.
     """
 
-    def __init__(self, recipe: Recipe, dataset_dir: str | Path) -> None:
+    def __init__(self, recipe: Recipe, dataset_dir: str | Path, labels: Mapping[str, Any]) -> None:
         import torch
 
         self._folder = tempfile.TemporaryDirectory()
         merge_recipe(recipe, Path(self._folder.name) / "merged", quiet=True)
         self.bundle = Bundle(Path(self._folder.name) / "merged")
         check_channels(dataset_dir, self.bundle)
-        self.channels = _matched_channels(self.bundle, dataset_dir, {})
+        self.channels = _matched_channels(self.bundle, dataset_dir, labels)
         self.vectors = [TaskVector(path) for path in recipe.vectors]
         self._start = Bundle(recipe.pretrained).weights()
         self._network = self.bundle.network().to(memory_format=torch.channels_last_3d)

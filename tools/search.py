@@ -19,6 +19,8 @@ import yaml
 from tools.bundle import Bundle
 from tools.errors import UserError, nearest
 from tools.evaluate import find_cases
+from tools.labels import parse_channels
+from tools.lineage import file_sha256
 from tools.merge import check_vectors, merge_recipe, split_paths
 from tools.merge_engine import MergeEngine
 from tools.merge_scorer import MergeScorer, mean_dice
@@ -54,6 +56,7 @@ def search(
     test_part: str = "",
     split_file: str = "",
     fold: int = 0,
+    labels: object = None,
     scans: int = 0,
     storage: str = "",
     study: str = "search",
@@ -86,12 +89,15 @@ def search(
         test_part: also score the default and the best recipe on this part, which must not share cases with the other.
         split_file: JSON file with the split; default: the dataset's splits_final.json.
         fold: index into the split.
+        labels: the dataset's labels for organs that are called otherwise: "{liver: 6}".
         scans: use only so many of the validation cases, chosen at random; default: all.
         storage: a database's URL, or a file that all machines see, to search together; default: a file in the output folder.
         study: its name in the storage.
         seed: of the sampler, and of the choice of scans.
     """
     _check_sampler(sampler)
+    if points < 2:
+        raise UserError(f"--points {points}: a grid needs two values of each coefficient at least")
     base = _base(recipe, pretrained, vectors, method)
     tasks, tensors, identity = _inputs(base)
     alone = None if per_task is None else [name for name in split_paths(per_task or "") if name.lower() != "none"]
@@ -107,18 +113,19 @@ def search(
     cases = _some(every, scans, seed)
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
+    renamed = parse_channels(labels) or {}
     settings = {
-        "recipe": {name: value for name, value in base.as_dict().items() if name not in ("pretrained", "vectors")},
         **identity,
         "sampler": sampler,
         "space": chosen.as_dict(),
         "dataset": Path(dataset_dir).resolve().name,
         "cases": list(cases),
+        "labels": renamed,
     }
     pruned = bool(prune) and sampler == "tpe" and len(cases) >= ENOUGH_CASES
     opened = open_study(storage or str(folder / "study.journal"), study, settings, seed, bool(storage), pruned)
     print(f"{len(chosen.coefficients)} coefficients, scored on {len(cases)} of {len(every)} cases ({part})")
-    scorer = MergeScorer(base, dataset_dir)
+    scorer = MergeScorer(base, dataset_dir, renamed)
     left_out = [label for label, values in scorer.channels.items() if values is None]
     if left_out:
         print(f"not scored, because the dataset does not have them: {', '.join(left_out)}")
@@ -162,7 +169,11 @@ def _inputs(base: Recipe) -> tuple[list[str], list[str], dict[str, Any]]:
     check_vectors(base.vectors, tasks, start, weights)
     engine = MergeEngine(base, weights, tasks)
     tensors = [name for name in engine.names if engine.treatment(name) in ("merged", "scaled mean")]
-    identity = {"pretrained": tasks[0].facts.pretrained_sha256, "vectors": [task.sha256 for task in tasks]}
+    how = {name: value for name, value in base.as_dict().items() if name not in ("pretrained", "vectors")}
+    if base.heads:
+        how["heads"] = file_sha256(base.heads)
+    vectors = [task.sha256 for task in tasks]
+    identity = {"recipe": how, "pretrained": tasks[0].facts.pretrained_sha256, "vectors": vectors}
     return [task.task for task in tasks], tensors, identity
 
 
