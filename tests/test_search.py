@@ -103,7 +103,7 @@ def test_groups_and_parameters_of_other_methods(plane, tmp_path):
                 "pretrained": str(plane / "start"),
                 "vectors": [str(plane / f"{task}.safetensors") for task in ORGANS],
                 "method": "ties",
-                "parameters": {"scope": "tensor", "density": 1.0},
+                "parameters": {"scope": "tensor", "density": 1.0, "scale": 0.123456789},
             }
         )
     )
@@ -115,7 +115,8 @@ def test_groups_and_parameters_of_other_methods(plane, tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     rows = trials(tmp_path / "s")
-    assert {*rows[0]} >= {"encoder/scale", "decoder/scale", "combine"} and len(rows) == 8
+    assert {*rows[0]} >= {"encoder/scale", "decoder/scale", "combine"} and len(rows) == 9
+    assert rows[0]["encoder/scale"] == rows[0]["decoder/scale"] == "0.123457"  # the recipe's own first
     best = yaml.safe_load((tmp_path / "s/best.yaml").read_text())
     assert best["overrides"] == [
         {"tensors": "encoder", "parameters": {"scale": 0.5}},

@@ -188,7 +188,7 @@ class SearchSpace:
             parameter.check(item, self.method.name)
             if isinstance(item, list | tuple):
                 raise UserError(f"--space: {name} must be a list of single values; got {item}")
-        return tuple(dict.fromkeys(float(item) if parameter.kind is float else item for item in value))
+        return tuple(dict.fromkeys(readable(float(item)) if parameter.kind is float else item for item in value))
 
     def _range(self, parameter: Parameter, text: str) -> Range:
         try:
@@ -217,7 +217,7 @@ class SearchSpace:
             if task is None:
                 raise UserError(f"the recipe has one {name} for each task, but {name} is not in --per_task")
             own = own[task]
-        own = float(own) if parameter.kind is float else own
+        own = readable(float(own)) if parameter.kind is float else own
         starts = (own, readable(1 / tasks) if name == "scale" else own)
         whole = parameter.kind is int
         if isinstance(choice, Range) and points:
