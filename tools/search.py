@@ -34,6 +34,7 @@ SAMPLERS = ("tpe", "grid")
 LEARNED = {"supervised": "labels", "entropy": "entropy", "distil": "teachers"}  # what distil calls them
 TRIALS = 100
 POINTS = 21  # of each coefficient: the planes of U-Net Transplant
+TITLES = {"default": "default", "equal_share": "1/T", "best": "best"}  # of what search.json calls so
 SAME = 1e-3  # Dice by which another processor may round differently
 
 
@@ -208,8 +209,7 @@ def _report(folder: Path, search: Search, facts: dict[str, Any], test: tuple[str
     """Write everything, after merging the best recipe from its file and scoring it again."""
     space, scorer = search.space, search.scorer
     rows, best = [*search.rows()], search.best()
-    names = ["default", "equal_share"][: len(space.starts)]
-    marked = {name: search.row(start) for name, start in zip(names, space.starts)} | {"best": best}
+    marked = {name: search.row(start) for name, start in zip(TITLES, space.starts)} | {"best": best}
     labels = [label for label, values in scorer.channels.items() if values is not None]
     write_trials(folder / "trials.csv", rows, [c.name for c in space.coefficients], labels)
     recipe = space.recipe(best.values)
@@ -228,12 +228,12 @@ def _report(folder: Path, search: Search, facts: dict[str, Any], test: tuple[str
     (folder / "search.json").write_text(json.dumps(facts, indent=2))
     written = ["best.yaml", "trials.csv", "search.json"]
     if len(space.coefficients) == 2 and all(isinstance(v, int | float) for v in best.values.values()):
-        title = f"{facts['method']}, {len(search.cases)} validation cases"
+        title = f"{facts['method']}, validation cases: {len(search.cases)}"
         complete = [row for row in rows if row.state == "complete"]
-        points = {name.replace("_", " "): row.values for name, row in marked.items()}
+        points = {TITLES[name]: row.values for name, row in marked.items()}
         draw_heat_map(folder / "heat_map.png", complete, space.coefficients, points, title)
         written.append("heat_map.png")
-    _print(facts, best)
+    _print(facts)
     print(
         f"written: {folder}/{', '.join(written)}; python -m tools merge --recipe {folder}/best.yaml --output <bundle>"
     )
@@ -251,14 +251,12 @@ def _merged_again(path: Path, scorer: MergeScorer, cases: Mapping[str, dict]) ->
         return scorer.bundle_scores(Bundle(merged), cases)
 
 
-def _print(facts: Mapping[str, Any], best: Row) -> None:
+def _print(facts: Mapping[str, Any]) -> None:
     trials = ", ".join(f"{count} {state}" for state, count in facts["trials"].items() if count)
     print(f"trials: {trials}")
-    for name in ("default", "equal_share", "best"):
+    for name, title in TITLES.items():
         if name in facts:
-            print(
-                f"{name.replace('_', ' ')}: mean Dice {facts[name]['mean_dice']:.4f}, {_values(facts[name]['values'])}"
-            )
+            print(f"{title}: mean Dice {facts[name]['mean_dice']:.4f}, {_values(facts[name]['values'])}")
     again, found = facts["merged_again"]["mean_dice"], facts["best"]["mean_dice"]
     if math.isclose(again, found, abs_tol=SAME):
         print(f"merged from best.yaml and scored again: {again:.4f}")
