@@ -39,7 +39,7 @@ def test_dice_is_the_overlap_of_the_written_label_maps(chain, evaluation):
         channel = ["liver", "spleen"].index(row["label"]) + 1 if row["bundle"] == "merged" else 1
         a, b = np.asarray(predicted.dataobj) == channel, np.asarray(truth.dataobj) == ids[row["label"]]
         assert float(row["dice"]) == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()), abs=1e-6)
-        assert float(row["reference_ml"]) == pytest.approx(b.sum() * 0.064, rel=1e-3)
+        assert float(row["reference_ml"]) == pytest.approx(b.sum() * 0.256, rel=1e-3)
 
 
 def test_summary_and_pictures(evaluation):

@@ -23,6 +23,7 @@ COMMANDS = {
     "edit": "add, remove or re-weight tasks of a merged bundle",
     "inspect": "what a bundle or a task vector is: lineage, labels, sizes, norms, conflicts",
     "evaluate": "Dice per case and class on a labelled dataset, and pictures",
+    "flatness": "how flat the loss is around bundles' weights, between two, and on the plane through three",
     "card": "put measured results into a bundle's model card",
     "compare": "a table of every merge method on the same task vectors",
     "search": "choose the coefficients of a merge on validation patients",
