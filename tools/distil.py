@@ -10,7 +10,7 @@ published baseline, is there to be compared with. The result is an ordinary reci
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,11 +22,12 @@ from tqdm import tqdm
 from tools.bundle import Bundle
 from tools.errors import UserError, nearest
 from tools.heads import free_entries, stacked_heads, unstacked_heads
+from tools.labelled_patches import labelled_patches
 from tools.lineage import backbone_sha256
 from tools.merge import HEADS_FILE, check_vectors, head_key, merge_recipe, split_paths
 from tools.network import output_argument
 from tools.recipe import Recipe
-from tools.scans import choose_scans, patches_on_labels, patches_on_organs
+from tools.scans import choose_scans, patches_on_organs
 from tools.task_vector import TaskVector
 from tools.weights_file import WeightsFile
 
@@ -102,12 +103,12 @@ def distil(
         raise UserError(f"{output} exists; choose another --output, or add --overwrite")
     torch.manual_seed(seed)
     student = Student(start, weights, tasks, one_each=coefficients == "task")
-    cases = choose_scans(images, start, part, split_file, scans, seed)
     size = [patch_size] * 3 if patch_size else start.resolved("patch_size")
     recipe = Recipe(pretrained, files, "task_arithmetic", {"scale": round(1 / len(tasks), 6)})
     if objective == "labels":
-        pool = Pool.of_labels(student, _channels(recipe, images), cases, size, patches, seed)
+        pool = Pool.of_labels(recipe, images, part, split_file, scans, size, patches, seed)
     else:
+        cases = choose_scans(images, start, part, split_file, scans, seed)
         pool = Pool.of_teachers(student, cases, size, patches, seed)
     loss = entropy_of([len(task.facts.labels) for task in tasks]) if objective == "entropy" else masks_loss
     held_out = pool.split()[1]
@@ -132,27 +133,6 @@ def distil(
             recipe.heads = str(Path(folder) / HEADS_FILE)
             save_file(student.learned_heads(), recipe.heads)
         merge_recipe(recipe, output, overwrite=overwrite)
-
-
-def _channels(recipe: Recipe, dataset_dir: str) -> list[list[int]]:
-    """The dataset's voxel values for each organ of a merge.
-
-    Raises:
-        UserError: it is not a dataset, or lacks an organ.
-    """
-    from tools.evaluate import _matched_channels
-
-    if not (Path(dataset_dir) / "dataset.json").is_file():
-        raise UserError(f"--objective labels needs an nnU-Net dataset with labels, and {dataset_dir} is none")
-    with tempfile.TemporaryDirectory() as folder:
-        merge_recipe(recipe, Path(folder) / "merged", quiet=True)
-        channels = _matched_channels(Bundle(Path(folder) / "merged"), dataset_dir, {})
-    missing = [label for label, values in channels.items() if values is None]
-    if missing:
-        raise UserError(
-            f"--objective labels needs labels of every organ; {dataset_dir} has none of {', '.join(missing)}"
-        )
-    return [*channels.values()]
 
 
 class Student:
@@ -265,33 +245,52 @@ class Pool:
         cls, student: Student, cases: Sequence[dict[str, Any]], size: Sequence[int], patches: int, seed: int
     ) -> Pool:
         """Segment scans with every specialist and crop patches around what they see, as often as there are organs."""
+        import torch
+
         teachers = [student.teacher(number) for number in range(len(student.tasks))]
-        return cls._stacked(patches_on_organs(student.bundle, teachers, cases, size, patches, seed))
+        pairs = patches_on_organs(student.bundle, teachers, cases, size, patches, seed)
+        images, masks = zip(*((image, mask.half()) for image, mask in pairs), strict=True)
+        return cls(torch.stack(images), torch.stack(masks))
 
     @classmethod
     def of_labels(
         cls,
-        student: Student,
-        channels: Sequence[Sequence[int]],
-        cases: Sequence[dict[str, Any]],
+        recipe: Recipe,
+        dataset_dir: str,
+        part: str,
+        split_file: str,
+        scans: int,
         size: Sequence[int],
         patches: int,
         seed: int,
     ) -> Pool:
-        """Crop patches around labelled organs, whose voxel values ``channels`` has, as often as there are organs."""
-        return cls._stacked(patches_on_labels(student.bundle, channels, cases, size, patches, seed))
+        """Crop patches around the labelled organs of a merge, each as often as another.
 
-    @classmethod
-    def _stacked(cls, pairs: Iterable[tuple[Tensor, Tensor]]) -> Pool:
+        Raises:
+            UserError: it is not a dataset, or lacks an organ.
+        """
         import torch
 
-        images, masks = zip(*((image, mask.half()) for image, mask in pairs), strict=True)
-        return cls(torch.stack(images), torch.stack(masks))
+        if not (Path(dataset_dir) / "dataset.json").is_file():
+            raise UserError(f"--objective labels needs an nnU-Net dataset with labels, and {dataset_dir} is none")
+        with tempfile.TemporaryDirectory() as folder:
+            merge_recipe(recipe, Path(folder) / "merged", quiet=True)
+            merged = Bundle(Path(folder) / "merged")
+            images, (labels,) = labelled_patches(
+                [merged], dataset_dir, part, split_file, scans, patches, size, seed, {}
+            )
+        return cls(images, torch.cat([labels == channel for channel in range(1, 1 + len(merged.labels))], 1).half())
 
     def split(self) -> tuple[Pool, Pool]:
-        """To learn from, and held out."""
+        """To learn from, and held out.
+
+        Raises:
+            UserError: there is nothing to hold out.
+        """
         import torch
 
+        if len(self.images) < HELD_OUT:
+            raise UserError(f"{len(self.images)} patches are too few to learn from: raise --patches or --scans")
         held = torch.arange(len(self.images)) % HELD_OUT == HELD_OUT - 1
         return Pool(self.images[~held], self.masks[~held]), Pool(self.images[held], self.masks[held])
 
@@ -323,8 +322,6 @@ def learn(
 
     loss = loss or masks_loss
     training, held_out = pool.split()
-    if not len(training.images) or not len(held_out.images):
-        raise UserError(f"{len(pool.images)} patches are too few to learn from: raise --patches or --scans")
     coefficients = student.coefficients.clone().requires_grad_()
     free = student.free_head() if head_learning_rate else {}
     head = {name: tensor.requires_grad_() for name, (tensor, _) in free.items()}

@@ -115,7 +115,7 @@ def score_bundle(
     """
     import nibabel
 
-    channels = _matched_channels(bundle, dataset_dir, labels)
+    channels = matched_channels(bundle, dataset_dir, labels)
     left_out = [label for label, values in channels.items() if values is None]
     if left_out:
         print(f"{bundle.name}: not scored, because the dataset does not have them: {', '.join(left_out)}")
@@ -226,7 +226,7 @@ def find_cases(dataset_dir: str | Path, part: str, split_file: str, fold: int) -
     return {name: case for name, case in named.items() if case in wanted}
 
 
-def _matched_channels(bundle: Bundle, dataset_dir: str | Path, labels: Mapping) -> dict[str, list[int] | None]:
+def matched_channels(bundle: Bundle, dataset_dir: str | Path, labels: Mapping) -> dict[str, list[int] | None]:
     """The dataset's voxel values for each channel; None where it does not have them."""
     from tools.bundle_code.nnunet_data import label_values
 
@@ -265,7 +265,7 @@ def _draw(
     reference: dict[str, np.ndarray] = {}
     columns = {"reference": reference}
     for bundle in bundles:
-        channels = _matched_channels(bundle, dataset_dir, labels)
+        channels = matched_channels(bundle, dataset_dir, labels)
         label_map = np.asarray(nibabel.load(folder / "label_maps" / bundle.name / f"{name}.nii.gz").dataobj)
         columns[bundle.name] = {label: label_map == i for i, label in enumerate(channels, start=1)}
         reference |= {label: np.isin(truth, values) for label, values in channels.items() if values is not None}

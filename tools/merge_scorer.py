@@ -16,7 +16,7 @@ import numpy as np
 
 from tools.bundle import Bundle
 from tools.errors import UserError
-from tools.evaluate import _matched_channels
+from tools.evaluate import matched_channels
 from tools.labels import check_channels
 from tools.merge import merge_recipe
 from tools.merge_engine import MergeEngine
@@ -48,7 +48,7 @@ class MergeScorer:
         merge_recipe(recipe, Path(self._folder.name) / "merged", quiet=True)
         self.bundle = Bundle(Path(self._folder.name) / "merged")
         check_channels(dataset_dir, self.bundle)
-        self.channels = _matched_channels(self.bundle, dataset_dir, labels)
+        self.channels = matched_channels(self.bundle, dataset_dir, labels)
         self.vectors = [TaskVector(path) for path in recipe.vectors]
         self._start = Bundle(recipe.pretrained).weights()
         self._network = self.bundle.network().to(memory_format=torch.channels_last_3d)

@@ -1,8 +1,8 @@
-"""A few scans of a folder of images, or of an nnU-Net dataset; and patches of them, around what specialists see or labels say."""
+"""A few scans to look at without their labels: of a folder of images, or of an nnU-Net dataset; and patches of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ def choose_scans(
         seed: of the choice.
 
     Returns:
-        For each a dictionary with the path, or paths, of the "image"; of a dataset's with that of the "label" too.
+        For each a dictionary with the path, or paths, of the "image".
 
     Raises:
         UserError: there are none.
@@ -69,83 +69,30 @@ def patches_on_organs(
         patches: from each scan.
         seed: of their places.
 
-    Returns:
-        Patches (in, …), and the soft masks of all specialists' organs (ΣC, …): the sigmoid of their margins over background.
+    Yields:
+        A patch (in, …), and the soft masks of all specialists' organs (ΣC, …): the sigmoid of their margins over background.
     """
     import torch
+    from monai.transforms import Compose, RandCropByLabelClassesd, SpatialPadd
 
     with bundle.code():
         parser = bundle.parser(inferer_output="logits")
         preprocessing, inferer = (parser.get_parsed_content(key) for key in ("preprocessing", "inferer"))
     device = next(specialists[0].parameters()).device
-
-    def scans() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for case in tqdm(cases, desc="scans", disable=None, leave=False):
-            image = preprocessing({"image": case["image"]})["image"].as_tensor()
-            with torch.inference_mode():
-                outputs = [inferer(image[None].to(device), network)[0].float() for network in specialists]
-                margins = torch.cat([output[1:] - output[:1] for output in outputs]).cpu()
-            organ = torch.where(margins.amax(0) > 0, margins.argmax(0) + 1, 0)[None]
-            yield image, margins.sigmoid(), organ
-
-    return _crops(scans(), size, patches, seed)
-
-
-def patches_on_labels(
-    bundle: Bundle,
-    channels: Sequence[Sequence[int]],
-    cases: Sequence[dict[str, Any]],
-    size: Sequence[int],
-    patches: int,
-    seed: int,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Crop patches around labelled organs, as often as there are organs.
-
-    Args:
-        bundle: of the preprocessing.
-        channels: voxel values of each organ.
-        cases: with an "image" and a "label".
-        size: of the patches, voxels.
-        patches: from each scan.
-        seed: of their places.
-
-    Returns:
-        Patches (in, …), and the masks of all organs (C, …): 0 or 1.
-    """
-    import torch
-    from monai.transforms import Compose, EnsureChannelFirst, LoadImage, ResampleToMatch
-
-    with bundle.code():
-        preprocessing = bundle.parser().get_parsed_content("preprocessing")
-    load_label = Compose([LoadImage(), EnsureChannelFirst()])
-    resample = ResampleToMatch(mode="nearest", padding_mode="zeros")
-
-    def scans() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for case in tqdm(cases, desc="scans", disable=None, leave=False):
-            image = preprocessing({"image": case["image"]})["image"]
-            label = resample(load_label(case["label"]), image).as_tensor()[0].round()
-            masks = torch.stack([torch.isin(label, torch.tensor(values, dtype=label.dtype)) for values in channels])
-            organ = torch.where(masks.any(0), masks.float().argmax(0) + 1, 0)[None]
-            yield image.as_tensor(), masks.float(), organ
-
-    return _crops(scans(), size, patches, seed)
-
-
-def _crops(
-    scans: Iterable[tuple[Tensor, Tensor, Tensor]], size: Sequence[int], patches: int, seed: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Patches of images and masks, around every organ of a label map equally often."""
-    from monai.transforms import Compose, RandCropByLabelClassesd, SpatialPadd
-
     crop = None
-    for image, masks, organ in scans:
+    for case in tqdm(cases, desc="scans", disable=None, leave=False):
+        image = preprocessing({"image": case["image"]})["image"].as_tensor()
+        with torch.inference_mode():
+            outputs = [inferer(image[None].to(device), network)[0].float() for network in specialists]
+            margins = torch.cat([output[1:] - output[:1] for output in outputs]).cpu()
+        organ = torch.where(margins.amax(0) > 0, margins.argmax(0) + 1, 0)[None]
         if crop is None:
-            several = {"num_classes": 1 + len(masks), "num_samples": patches, "warn": False}
+            several = {"num_classes": 1 + len(margins), "num_samples": patches, "warn": False}
             crop = Compose(
                 [
                     SpatialPadd(("image", "mask", "organ"), size),
                     RandCropByLabelClassesd(("image", "mask"), "organ", size, **several),
                 ]
             ).set_random_state(seed)
-        for piece in crop({"image": image, "mask": masks, "organ": organ}):
+        for piece in crop({"image": image, "mask": margins.sigmoid(), "organ": organ}):
             yield piece["image"].as_tensor(), piece["mask"].as_tensor()
