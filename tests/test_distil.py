@@ -1,13 +1,16 @@
 """Coefficients learned from unlabelled scans: they bring the merge nearer to its specialists, and end in an ordinary recipe."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 import yaml
 
 from tests.conftest import here, run
+from tests.gains import make_plane
 from tools.bundle import Bundle
-from tools.distil import Pool, Student, distil, learn, masks_loss, validate
+from tools.distil import Pool, Student, distil, entropy_of, learn, masks_loss, validate
 from tools.errors import UserError
 from tools.task_vector import TaskVector
 
@@ -149,3 +152,42 @@ def test_what_it_cannot_learn_from_is_refused(chain, tmp_path):
         distil(**options, images=str(chain.dataset), scans=1, patches=1)
     with pytest.raises(UserError, match="comes from another starting point"):
         distil(**{**options, "pretrained": str(chain.specialists["spleen"])}, images=str(chain.dataset))
+
+
+@pytest.fixture(scope="module")
+def plane(tmp_path_factory):
+    return make_plane(tmp_path_factory.mktemp("plane"))
+
+
+def learned(plane, output, *more):
+    vectors = f"{plane}/bright.safetensors,{plane}/dark.safetensors"
+    words = ["--pretrained", plane / "start", "--vectors", vectors, "--images", plane / "Dataset001_Quarters"]
+    return here("tools", "distil", *words, "--output", output, "--learning_rate", 0.05, "--steps", 40, *more)
+
+
+def test_labels_train_the_coefficients_that_find_the_organs(plane, tmp_path):
+    """1/T finds the bright organ, which needs 0.3 < λ < 0.6, but not the dark one, which needs 0.6 < λ < 1.2."""
+    result = learned(plane, tmp_path / "m", "--objective", "labels", "--coefficients", "task")
+    assert result.returncode == 0, result.stderr
+    recipe = yaml.safe_load((tmp_path / "m/docs/recipe.yaml").read_text())
+    bright, dark = recipe["parameters"]["scale"]
+    assert 0.3 < bright < 0.6 < dark < 1.2 and "overrides" not in recipe
+    found, left = (float(word) for word in re.findall(r"([\d.]+)% as", result.stdout))
+    assert left > 1.5 * found  # the dark organ too
+
+
+def test_entropy_is_that_of_each_tasks_softmax(plane, tmp_path):
+    logits = torch.zeros(1, 4, 2, 2, 2)
+    assert entropy_of([1, 2])(logits, None).item() == pytest.approx((np.log(2) + np.log(3)) / 2)
+    logits[:, 1:] = -20  # sure, and empty
+    assert entropy_of([1, 2])(logits, None).item() < 1e-6
+    result = learned(plane, tmp_path / "m", "--objective", "entropy")
+    assert result.returncode == 0, result.stderr
+    before, after = (float(word) for word in result.stdout.split("patches: ")[1].split()[::4][:2])
+    assert after < before
+
+
+def test_objectives_that_cannot_be_learned_are_refused(plane, tmp_path):
+    assert "did you mean 'labels'" in learned(plane, tmp_path / "m", "--objective", "lables").stderr
+    images = ["--objective", "labels", "--images", plane / "Dataset001_Quarters" / "imagesTr"]
+    assert "needs an nnU-Net dataset" in learned(plane, tmp_path / "m", *images).stderr

@@ -1,0 +1,174 @@
+"""Dice of one recipe after another on the same cases: in one network, whose weights each merge replaces, and nothing is written.
+
+The merge engine makes the weights, as for ``merge``, so a recipe scores here what its bundle scores in ``evaluate``. Task vectors
+stay open, and preprocessed cases stay in memory as far as they fit.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tools.bundle import Bundle
+from tools.errors import UserError
+from tools.evaluate import matched_channels
+from tools.labels import check_channels
+from tools.merge import merge_recipe
+from tools.merge_engine import MergeEngine
+from tools.recipe import Recipe
+from tools.segmenter import Segmenter
+from tools.task_vector import TaskVector
+
+KEPT_BYTES = 2**32  # of preprocessed cases
+
+CaseDice = dict[str, float]  # by label; NaN where the reference does not have the organ
+
+
+class MergeScorer:
+    """Scores recipes that merge the same task vectors onto the same starting point.
+
+    Args:
+        recipe: one of them; method and parameters of the others may differ.
+        dataset_dir: nnU-Net raw dataset.
+        labels: the dataset's labels for organs that are called otherwise.
+
+    Raises:
+        UserError: the recipe cannot be merged, or the dataset has none of its labels, or images of other channels.
+    """
+
+    def __init__(self, recipe: Recipe, dataset_dir: str | Path, labels: Mapping[str, Any]) -> None:
+        import torch
+
+        self._folder = tempfile.TemporaryDirectory()
+        merge_recipe(recipe, Path(self._folder.name) / "merged", quiet=True)
+        self.bundle = Bundle(Path(self._folder.name) / "merged")
+        check_channels(dataset_dir, self.bundle)
+        self.channels = matched_channels(self.bundle, dataset_dir, labels)
+        self.vectors = [TaskVector(path) for path in recipe.vectors]
+        self._start = Bundle(recipe.pretrained).weights()
+        self._network = self.bundle.network().to(memory_format=torch.channels_last_3d)
+        with self.bundle.code():
+            self._segmenter = Segmenter(self.bundle)
+        self._kept: dict[str, _Case] = {}
+        self._kept_bytes = 0
+
+    def scores(self, recipe: Recipe, cases: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, CaseDice]]:
+        """Merge, then segment and score case by case.
+
+        Args:
+            recipe: of the same task vectors and starting point.
+            cases: image and label paths by case.
+
+        Yields:
+            Case and its Dice by label, of the labels that the dataset has.
+
+        Raises:
+            UserError: the method refuses its parameters, or the merged weights would be infinite.
+        """
+        self._merge(recipe)
+        yield from self._scores(self.bundle, self._network, cases)
+
+    def bundle_scores(self, bundle: Bundle, cases: Mapping[str, Mapping[str, Any]]) -> dict[str, CaseDice]:
+        """The same of a merged bundle's own weights."""
+        return dict(self._scores(bundle, bundle.network(), cases))
+
+    def _merge(self, recipe: Recipe) -> None:
+        import torch
+
+        engine = MergeEngine(recipe, self._start, self.vectors)
+        tensors = self._network.state_dict()  # anew each time: a change of the memory format replaces them
+        with torch.no_grad():
+            for name, pieces in engine.pieces():
+                data = [*pieces]
+                if data:
+                    values = torch.from_numpy(np.concatenate(data)).view(getattr(torch, engine.dtype(name)))
+                    tensors[name].copy_(values.view(tensors[name].shape))
+
+    def _scores(
+        self, bundle: Bundle, network: Any, cases: Mapping[str, Mapping[str, Any]]
+    ) -> Iterator[tuple[str, CaseDice]]:
+        for name, files in cases.items():
+            with bundle.code():
+                case = self._case(name, files)
+                label_map, affine = self._segmenter(case.image, network)
+            if label_map.shape != case.reference.shape or not np.allclose(affine, case.affine, atol=1e-3):
+                raise UserError(f"case {name}: the label map is not on the grid of its image")
+            yield name, case.dice(label_map, self.channels)
+
+    def _case(self, name: str, files: Mapping[str, Any]) -> _Case:
+        if name in self._kept:
+            return self._kept[name]
+        case = _Case.load(self._segmenter, files)
+        if self._kept_bytes + case.size <= KEPT_BYTES:
+            self._kept[name] = case
+            self._kept_bytes += case.size
+        return case
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A labelled case in memory.
+
+    Attributes:
+        image: preprocessed.
+        values: of the reference, ascending.
+        reference: their positions, voxel by voxel (X, Y, Z).
+        affine: voxel to world, 4x4, RAS millimetres.
+    """
+
+    image: Mapping[str, Any]
+    values: np.ndarray
+    reference: np.ndarray
+    affine: np.ndarray
+
+    @classmethod
+    def load(cls, segmenter: Segmenter, files: Mapping[str, Any]) -> _Case:
+        from monai.transforms import Compose, EnsureChannelFirst, LoadImage
+
+        label = Compose([LoadImage(), EnsureChannelFirst()])(files["label"])
+        voxels = np.asarray(label[0]).round().astype(np.int32)
+        values, positions = np.unique(voxels, return_inverse=True)
+        return cls(
+            segmenter.load(files["image"]),
+            values,
+            positions.reshape(voxels.shape).astype(np.int16),
+            label.affine.numpy(),
+        )
+
+    @property
+    def size(self) -> int:
+        return self.image["image"].nbytes + self.reference.nbytes
+
+    def dice(self, label_map: np.ndarray, channels: Mapping[str, list[int] | None]) -> CaseDice:
+        """Dice of every organ that the dataset has, from one count of which voxels have which label in both."""
+        columns = 1 + max(len(channels), int(label_map.max()))
+        pairs = self.reference.astype(np.int64) * columns + label_map
+        counts = np.bincount(pairs.ravel(), minlength=len(self.values) * columns).reshape(-1, columns)
+        found: CaseDice = {}
+        for channel, (label, values) in enumerate(channels.items(), start=1):
+            if values is not None:
+                organ = counts[np.isin(self.values, values)]
+                truth, predicted = int(organ.sum()), int(counts[:, channel].sum())
+                found[label] = 2 * int(organ[:, channel].sum()) / (truth + predicted) if truth else float("nan")
+        return found
+
+
+def mean_dice(scores: Mapping[str, CaseDice]) -> dict[str, float]:
+    """Mean over cases by label, as ``evaluate`` has it; absent organs do not count.
+
+    Raises:
+        UserError: no case has any of the organs.
+    """
+    labels = next(iter(scores.values()), {})
+    means = {}
+    for label in labels:
+        values = [case[label] for case in scores.values() if not np.isnan(case[label])]
+        means[label] = float(np.mean(values)) if values else float("nan")
+    if not any(np.isfinite(value) for value in means.values()):
+        raise UserError(f"none of the cases {', '.join(scores)} has any of the organs {', '.join(labels)}")
+    return means
