@@ -66,6 +66,12 @@ class WindowSegmenter(nn.Module):
         self.dropout = nn.Dropout2d(dropout)
         self.head = nn.Conv2d(width, out_channels, 1)
 
+    def to(self, *args: Any, **kwargs: Any) -> WindowSegmenter:
+        """As ``nn.Module`` has it; the channels-last format of 3D networks is that of 2D ones here, as the kernels are 2D."""
+        if kwargs.get("memory_format") is torch.channels_last_3d:
+            kwargs["memory_format"] = torch.channels_last
+        return super().to(*args, **kwargs)
+
     def forward(self, x: Tensor) -> Tensor:
         places = window_places(x.shape[-1], self.window).to(x.device)
         chunks = [places] if self.training else places.split(self.chunk)
