@@ -2,9 +2,9 @@
 
 ``python -m tests.benchmarks.windows --dataset_dir <Dataset903_Hippocampus> --output runs/windows``
 
-The cases are those of ``label_efficiency``: eight of labelsTr train, two choose the epoch, those of labelsTs test. Each command is
-printed; a run that was stopped goes on. With ``--pretraining_dir <Dataset904_JawCT>`` a 2D network is first trained on the slices of
-that dataset, and both kinds of window start from its weights too (``inflate``).
+The cases are those of ``label_efficiency``: eight of labelsTr train, two choose the epoch, those of labelsTs test. Each command
+is printed; a run that was stopped goes on. With ``--pretraining_dir <Dataset904_JawCT>`` a 2D network is first trained on the
+slices of that dataset, and both kinds of window start from its weights too (``inflate``).
 """
 
 from __future__ import annotations

@@ -55,7 +55,9 @@ def test_a_centred_window_is_the_2d_network_on_every_slice(request, name, channe
     volume = image(2, channels, 32, 32, 4)
     one_by_one = torch.cat([flat(volume[..., [place]]) for place in range(4)], -1)
     assert deep(volume).shape == (2, 3, 32, 32, 4)
-    assert difference(deep(volume), one_by_one) < 1e-10
+    error = difference(deep(volume), one_by_one)
+    assert error < 1e-10
+    print(f"{name}, {channels} channels, centre: {error:.1e}")
     assert verify_window(flat, deep, channels, (32, 32, 3), "centre") < 1e-10
 
 
@@ -65,7 +67,9 @@ def test_an_averaged_window_is_the_2d_network_on_the_mean_slice(encoder):
     volume = image(1, 1, 16, 16, 7)
     padded = torch.cat([volume[..., :1], volume[..., :1], volume, volume[..., -1:], volume[..., -1:]], -1)
     means = torch.stack([padded[..., place : place + 5].mean(-1) for place in range(7)], -1)
-    assert difference(deep(volume), flat(means)) < 1e-10
+    error = difference(deep(volume), flat(means))
+    assert error < 1e-10
+    print(f"{encoder.func.__name__}, average: {error:.1e}")
     assert difference(deep(volume), flat(volume)) > 1e-4
     assert verify_window(flat, deep, 1, (16, 16, 3), "average") < 1e-10  # of equal slices
     with pytest.raises(UserError, match="differs from the 2D one"):
@@ -213,6 +217,16 @@ def test_beit_of_another_size_against_timm(timm):
     x = image(1, 3, 32, 32)
     for map_, expected in zip(same(x), theirs(x), strict=True):
         assert difference(map_, expected) < 1e-13
+
+
+def test_channels_of_timm_would_not_do(timm):
+    """Its own weights for five channels are the colours in turn, times 3/5: neither centred nor averaged grey ones."""
+    kernel = image(8, 3, 4, 4)
+    theirs = timm.models.adapt_input_conv(5, kernel)
+    grey = kernel.sum(1)
+    assert (theirs[:, 2] - grey).abs().max() > 0.1
+    assert (theirs - grey[:, None] / 5).abs().max() > 0.1
+    assert (theirs.sum(1) - grey).abs().max() > 0.1
 
 
 def test_without_timm(monkeypatch):
