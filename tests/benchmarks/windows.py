@@ -49,14 +49,14 @@ def windows(
     folder, dataset = Path(output).resolve(), Path(dataset_dir).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     split_cases(dataset, folder, same_images=True)
-    kinds = {"window": False, "force_2d": True}
+    kinds = {"window": "small,mr", "force_2d": "small,mr,force_2d"}
     seconds: dict[str, float] = {}
-    for kind, force_2d in kinds.items():
-        _bundle(folder / f"{kind}_untrained", dataset, "small,mr", force_2d, labels)
+    for kind, overlay in kinds.items():
+        _bundle(folder / f"{kind}_untrained", dataset, overlay, labels)
     arms = {kind: folder / f"{kind}_untrained" for kind in kinds}
     if pretraining_dir:
         flat = folder / "slices"
-        _bundle(flat, Path(pretraining_dir).resolve(), "small", True, "all")
+        _bundle(flat, Path(pretraining_dir).resolve(), "small,force_2d", "all")
         seconds["slices"] = train(flat, PRETRAINING)
         for kind, start in list(arms.items()):
             arms[f"{kind}_pretrained"] = folder / f"{kind}_inflated"
@@ -75,12 +75,12 @@ def windows(
         report(folder, seed + 1, seconds)
 
 
-def _bundle(output: Path, dataset: Path, overlay: str, force_2d: bool, labels: str) -> None:
+def _bundle(output: Path, dataset: Path, overlay: str, labels: str) -> None:
     """A small copy of pretrain_inflated for a dataset."""
     if not output.exists():
         words = ["new_pretraining", "--bundle", ROOT / "bundles/pretrain_inflated", "--dataset_dir", dataset]
         run_tool(output, *words, "--overlay", overlay, "--labels", labels)
-        set_values(output, {"patch_size": PATCH, "force_2d": force_2d})
+        set_values(output, {"patch_size": PATCH})
 
 
 if __name__ == "__main__":

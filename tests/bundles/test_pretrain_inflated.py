@@ -83,7 +83,7 @@ def test_2d_weights_for_windows(phantom_dataset, tmp_path, vit):
 
 def test_single_slices_become_windows(phantom_dataset, tmp_path):
     """A network that was trained with ``force_2d`` is a 2D network like any other: its decoder and head come along."""
-    flat = start_on(phantom_dataset, tmp_path / "flat", force_2d=True)
+    flat = start_on(phantom_dataset, tmp_path / "flat", "small,force_2d")
     deep = start_on(phantom_dataset, tmp_path / "deep")
     torch.manual_seed(0)
     with Bundle(flat).code():
