@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 SERVE = apps/monailabel/serve.py --studies "$(STUDIES)" --bundles "$(BUNDLE)" --port $(or $(PORT),8000)
 
-.PHONY: demo serve dicom test test-fast bench lint
+.PHONY: demo serve dicom test test-fast bench study lint
 
 demo: .venv/ready  ## the whole chain in minutes; DATASET=<nnU-Net folder> for real images
 	$(BIN)/python -m tools demo $(if $(DATASET),--dataset_dir $(DATASET)) $(ARGS)
@@ -29,6 +29,9 @@ test-fast: .venv/ready
 
 bench: .venv/ready .venv-mergekit/ready .venv-nnunet/ready  ## speed, as ratios within one run; ARGS=merging for a part
 	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+study: .venv/ready  ## what a merge costs by starting point, method and seed: DATASETS=<nnU-Net datasets, separated by commas>
+	$(BIN)/python -m tests.benchmarks.study --dataset_dir $(DATASETS) $(ARGS)
 
 lint: .venv/ready
 	$(BIN)/ruff check .

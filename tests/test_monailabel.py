@@ -149,11 +149,15 @@ def studies(phantom_dataset, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory) -> Path:
-    """A folder of bundles: one that resamples its images, one with other code behind the same names, two that are not served."""
+    """A folder of bundles: two that resample their images, one with other code behind the same names, two that are not served."""
     folder = tmp_path_factory.mktemp("bundles")
     make_bundle("merged_inference", folder / "two organs", {"liver": [1], "spleen": [2]}, 0)
     labels = {"kidney_left": [1], "duct": [2], "right_kidney": [3]}
     make_bundle("pretrain_amos", folder / "deepgrow_detection", labels, 1, spacing=[5.0, 5.0, 7.0])
+    shutil.copytree(folder / "deepgrow_detection", folder / "smooth")
+    set_values(
+        folder / "smooth", {"inferer_output": "smooth_labels"}
+    )  # as converted nnU-Net and STU-Net bundles have it
     shutil.copytree(folder / "two organs", folder / "other_code")
     code = folder / "other_code" / "scripts" / "residual_unet.py"
     assert "class ResidualUNet3D(" in code.read_text()
@@ -173,7 +177,7 @@ def expected(bundles, studies, tmp_path_factory) -> dict[str, dict[str, nibabel.
     """What ``python -m monai.bundle run`` gives: images by bundle and study."""
     root = tmp_path_factory.mktemp("expected")
     found = {}
-    for bundle in ("two organs", "deepgrow_detection", "other_code"):
+    for bundle in ("two organs", "deepgrow_detection", "smooth", "other_code"):
         infer(bundles / bundle, studies, root / bundle)
         found[bundle.replace(" ", "_")] = {
             study: nibabel.load(root / bundle / f"{study}_seg.nii.gz") for study in ("ras", "lps", "psr", "oblique")
@@ -216,6 +220,7 @@ def test_labels_are_those_of_the_bundles_in_slicers_spelling(server):
         "two_organs": {"liver": 1, "spleen": 2},
         "other_code": {"liver": 1, "spleen": 2},
         "deepgrow_detection": {"left kidney": 1, "duct": 2, "right kidney": 3},
+        "smooth": {"left kidney": 1, "duct": 2, "right kidney": 3},
     }
     assert {model["type"] for model in models.values()} == {"segmentation"}
     assert "NoSuchNetwork" in server.complaint("broken", "ras")
@@ -227,6 +232,7 @@ def test_label_maps_are_those_of_monai_bundle_run_with_bundles_side_by_side(serv
         for model, wanted in expected.items():
             assert_same(server.segment(model, study, tmp_path), wanted[study])
     assert not np.array_equal(expected["two_organs"]["ras"].dataobj, expected["other_code"]["ras"].dataobj)
+    assert not np.array_equal(expected["deepgrow_detection"]["ras"].dataobj, expected["smooth"]["ras"].dataobj)
 
 
 def test_stock_app_gives_the_same(bundles, studies, expected, tmp_path):
@@ -236,16 +242,21 @@ def test_stock_app_gives_the_same(bundles, studies, expected, tmp_path):
     (app / "model").mkdir()
     (app / "model" / "two_organs").symlink_to(bundles / "two organs")
     (app / "model" / "resampled").symlink_to(bundles / "deepgrow_detection")
+    (app / "model" / "smooth").symlink_to(bundles / "smooth")
     shutil.copytree(studies, tmp_path / "studies")
     words = ["-c", STOCK_APP, "start_server", "--app", app, "--studies", tmp_path / "studies", "--host", "127.0.0.1"]
-    conf = {"models": "two_organs,resampled", "zoo_source": "local", "sam2": "false", "skip_trainers": "true"}
+    conf = {"models": "two_organs,resampled,smooth", "zoo_source": "local", "sam2": "false", "skip_trainers": "true"}
     words += [word for setting in conf.items() for word in ("--conf", *setting)]
     with running(words, tmp_path / "log", PYTHONPATH=str(APP)) as server:
         labels = {name: model["labels"] for name, model in server.info()["models"].items()}
         assert labels["two_organs"] == {"liver": 1, "spleen": 2}
-        assert labels["resampled"] == {"kidney_left": 1, "duct": 2, "right_kidney": 3}
+        assert labels["resampled"] == labels["smooth"] == {"kidney_left": 1, "duct": 2, "right_kidney": 3}
         for study in ("ras", "oblique"):
-            for model, wanted in (("two_organs", "two_organs"), ("resampled", "deepgrow_detection")):
+            for model, wanted in {
+                "two_organs": "two_organs",
+                "resampled": "deepgrow_detection",
+                "smooth": "smooth",
+            }.items():
                 found = server.segment(model, study, tmp_path, result_dtype="uint8")
                 assert_same(found, expected[wanted][study])
 

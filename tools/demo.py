@@ -100,7 +100,7 @@ def demo(
     if overlay == "small":
         batch_size = batch_size or 1
     if dataset_dir:
-        cohorts = _real_cohorts(Path(dataset_dir), root, seed)
+        cohorts = real_cohorts(Path(dataset_dir), root, seed)
         if overlay == "small":
             pretrain_epochs = pretrain_epochs or _epochs_for(PRETRAIN_STEPS, cohorts, pretrain_bundle, batch_size)
     else:
@@ -124,14 +124,14 @@ def demo(
 
     print("\n3. merge the task vectors")
     vectors = [_vector(root, task) for task in wanted]
-    diffs = [f"specialist_{_slug(task)}_diff" for task in wanted]
+    diffs = [f"specialist_{slug(task)}_diff" for task in wanted]
     steps.run("inspect", [*tools("inspect"), *vectors])
     for name, (flags, _) in MERGES.items():
         merge = tools("merge", pretrained=start, vectors=",".join(map(str, vectors)), output=root / name)
         steps.run(name, [*merge, *flags.split()], root / name, diffs)
 
     print("\n4. segment the test patients and compare")
-    bundles = [start, *(root / "specialists" / _slug(task) for task in wanted), *(root / name for name in MERGES)]
+    bundles = [start, *(root / "specialists" / slug(task) for task in wanted), *(root / name for name in MERGES)]
     cases = {"dataset_dir": cohorts.finetune, "part": "test", "split_file": cohorts.splits / "finetune.json"}
     evaluation = tools(
         "evaluate", bundle=",".join(map(str, bundles)), **cases, overlays=False, output=root / "evaluation"
@@ -153,7 +153,7 @@ def _specialist(
     overrides: Mapping[str, object],
 ) -> None:
     """Fine-tune one task and take its task vector."""
-    start, folder, step = root / "pretrain", root / "specialists" / _slug(task), f"specialist_{_slug(task)}"
+    start, folder, step = root / "pretrain", root / "specialists" / slug(task), f"specialist_{slug(task)}"
     setup = tools(
         "new_task", pretrained=start, dataset_dir=cohorts.finetune, task=task, labels=",".join(map(str, labels)),
         overlay=overlay, output=folder,
@@ -254,12 +254,12 @@ def train(bundle: Path, **overrides: object) -> list[object]:
     return [*words, *(word for name, value in overrides.items() for word in (f"--{name}", value))]
 
 
-def _slug(task: str) -> str:
+def slug(task: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in task.lower())
 
 
 def _vector(root: Path, task: str) -> Path:
-    return root / "vectors" / f"{_slug(task)}.safetensors"
+    return root / "vectors" / f"{slug(task)}.safetensors"
 
 
 def _tasks(tasks: object, dataset_dir: Path, phantom: bool) -> dict[str, list[Any]]:
@@ -272,9 +272,9 @@ def _tasks(tasks: object, dataset_dir: Path, phantom: bool) -> dict[str, list[An
         chosen = parse_channels(tasks) or {str(name): name for name in parse_sources(tasks)}
     if len(chosen) < 2:
         raise UserError("a merge needs two tasks at least")
-    folders = ["pretrain", *MERGES, *map(_slug, chosen)]
+    folders = ["pretrain", *MERGES, *map(slug, chosen)]
     for task in chosen:
-        if folders.count(_slug(task)) > 1:
+        if folders.count(slug(task)) > 1:
             raise UserError(f"the folder name of task {task!r} is taken; call it something else")
     return resolve(dataset_dir, chosen)
 
@@ -292,7 +292,7 @@ def _phantom_cohorts(steps: Steps, root: Path, seed: int) -> Cohorts:
     return Cohorts(first, second, root / "splits")
 
 
-def _real_cohorts(dataset_dir: Path, root: Path, seed: int) -> Cohorts:
+def real_cohorts(dataset_dir: Path, root: Path, seed: int) -> Cohorts:
     """Split the labelled patients: 43 % pre-train, 36 % fine-tune, 21 % test; a fifth of the first two validates."""
     from tools.bundle_code.nnunet_data import all_cases
 
@@ -342,7 +342,7 @@ def _masks(
         task: np.isin(start, [i for sources, i in channels.items() if set(sources) <= set(wanted[task])])
         for task in wanted
     }
-    columns["specialists"] = {task: label_map(_slug(task)) == 1 for task in wanted}
+    columns["specialists"] = {task: label_map(slug(task)) == 1 for task in wanted}
     for name, (_, title) in MERGES.items():
         merged = label_map(name)
         columns[title] = {task: merged == i for i, task in enumerate(wanted, start=1)}

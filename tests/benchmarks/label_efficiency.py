@@ -124,11 +124,16 @@ def _untrained(folder: Path, seed: int, objective: str, images: Path) -> Path:
     """A copy of an objective's bundle with random weights."""
     start = folder / f"random_{seed}"
     _start(start, objective, images)
-    bundle = Bundle(start)
+    random_weights(start, seed)
+    return start
+
+
+def random_weights(folder: Path, seed: int) -> None:
+    """Give a bundle's network random weights."""
+    bundle = Bundle(folder)
     torch.manual_seed(seed)
     with bundle.code():
         torch.save(instantiate(bundle.network_def(), ("cpu",)).state_dict(), bundle.model_file)
-    return start
 
 
 def run_tool(output: Path, *words: object) -> None:

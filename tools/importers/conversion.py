@@ -102,7 +102,10 @@ def named_tensors(state: Any, path: str | Path, where: str) -> dict[str, Tensor]
             raise UserError(f"{path}: {where} holds {name}, which is no tensor")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(f"{path}: tensor {name} has NaN or infinite values")
-        for prefix in PREFIXES:
-            name = str(name).removeprefix(prefix)
-        tensors[name] = tensor
+        plain = str(name)
+        while plain.startswith(PREFIXES):
+            plain = plain.split(".", 1)[1]
+        if plain in tensors:
+            raise UserError(f"{path}: {where} holds {plain} twice, once as {name}")
+        tensors[plain] = tensor
     return tensors

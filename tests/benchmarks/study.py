@@ -1,0 +1,294 @@
+"""The study: what a merge costs, by starting point and merge method, over seeds. ``make study DATASETS=<nnU-Net datasets>``
+
+U-Net Transplant (Lumetti et al., MICCAI 2025) claims that pre-training into wide minima makes task vectors merge better. Here it
+is asked on any labelled datasets: patients are split three ways as in ``demo`` (pre-training, fine-tuning, test, by the seed);
+from each starting point every task is fine-tuned, the task vectors are merged by every method (λ chosen on the fine-tuning
+group's validation patients), and all is scored on the test patients. Everything goes through the project's own commands, which
+are printed; a study that was stopped goes on, and writes its table anew after each seed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import fire
+import numpy as np
+
+from tests.benchmarks.label_efficiency import random_weights
+from tools.bundle import read_json
+from tools.demo import Cohorts, Steps, real_cohorts, slug, tools, train
+from tools.instantiate import set_values
+from tools.labels import parse_channels
+from tools.merge import split_paths
+
+ROOT = Path(__file__).parents[2]
+TASKS = {
+    "Dataset902_HeadNeckCT": {
+        "mandible": "mandible",
+        "larynx": "larynx",
+        "spinal cord": "spinal_cord",
+        "parotids": ["parotid_right", "parotid_left"],
+        "brainstem": "brainstem",
+    },
+    "Dataset911_AbdomenCTSim": {
+        "liver": "liver",
+        "spleen": "spleen",
+        "kidneys": ["kidney_right", "kidney_left"],
+        "stomach": "stomach",
+        "aorta": "aorta",
+    },
+}
+PATCHES_PER_VOLUME = 8
+UNLABELLED_SCANS = 4  # that statistics and coefficients are taken from
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a starting point is made.
+
+    Attributes:
+        bundle: that pre-trains it.
+        overlay: of that bundle.
+        settings: of its training, other than the overlay's; batch_size in units of the study's.
+        learns: "labels", "images" (of the pre-training group), "own images" (of the fine-tuning group) or "" (random weights).
+    """
+
+    bundle: str
+    overlay: str
+    settings: Mapping[str, float] = field(default_factory=dict)
+    learns: str = "labels"
+
+
+# stable and sharp differ as the published ones do: learning rate by 10, batch size by 2, dropout
+STARTS = {
+    "stable": Start("pretrain_amos", "small", {"learning_rate": 4e-3, "dropout": 0.1}),
+    "sharp": Start("pretrain_amos", "small", {"learning_rate": 4e-4, "dropout": 0.0, "batch_size": 2}),
+    "scratch": Start("pretrain_amos", "small", learns=""),
+    "genesis": Start("pretrain_genesis", "small,residual", {"learning_rate": 3e-3}, "images"),
+    "mae": Start("pretrain_genesis", "small,residual,mae", {"learning_rate": 3e-3}, "images"),
+    "lwi": Start("pretrain_lwi", "small", learns="own images"),
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """What all runs of a study have in common."""
+
+    width: int
+    patch_size: int
+    batch_size: int
+    pretrain_steps: int
+    finetune_steps: int
+    scales: str
+    unseen: bool
+
+
+def study(
+    dataset_dir: str,
+    output: str = "runs/study",
+    starts: str = "stable,sharp,scratch,genesis,mae,lwi",
+    seeds: int = 3,
+    tasks: object = None,
+    unseen: bool = False,
+    width: int = 8,
+    patch_size: int = 48,
+    batch_size: int = 2,
+    pretrain_steps: int = 800,
+    finetune_steps: int = 160,
+    scales: str = "0.1,0.2,0.4,0.7,1.0",
+) -> None:
+    """Pre-train, fine-tune, merge by every method and compare, for each dataset, starting point and seed; write results.md.
+
+    Args:
+        dataset_dir: labelled nnU-Net raw datasets, separated by commas.
+        output: folder of the runs.
+        starts: starting points: stable, sharp, scratch, genesis, mae, lwi.
+        seeds: how many; each has its own split, pre-training and fine-tuning.
+        tasks: dictionary of task names and labels; default: those of the study, or every label of another dataset.
+        unseen: pre-train on the labels that belong to no task, so that all tasks are new to the starting point.
+        width: of the residual U-Net.
+        patch_size: edge, voxels.
+        batch_size: patches in a training step; "sharp" takes twice as many, and half the steps.
+        pretrain_steps: of training a starting point.
+        finetune_steps: of each task, frozen epochs included.
+        scales: λ to choose from.
+    """
+    size = Size(width, patch_size, batch_size, pretrain_steps, finetune_steps, _words(scales), unseen)
+    folder = Path(output)
+    chosen = [name.strip() for name in _words(starts).split(",")]
+    for name in chosen:
+        if name not in STARTS:
+            raise SystemExit(f"no starting point {name!r}; there are {', '.join(STARTS)}")
+    datasets = [Path(path) for path in split_paths(dataset_dir)]
+    for seed in range(seeds):
+        for dataset in datasets:
+            wanted = _tasks(tasks, dataset)
+            for name in chosen:
+                _one(folder / dataset.name / f"seed_{seed}", dataset, wanted, name, seed, size)
+                _report(folder, [path.name for path in datasets], chosen, seeds)
+
+
+def _one(root: Path, dataset: Path, wanted: Mapping[str, list], name: str, seed: int, size: Size) -> None:
+    """One starting point of one dataset and seed: everything up to the table of ``compare``."""
+    print(f"\n{dataset.name}, seed {seed}, starting point {name}", flush=True)
+    folder = root / name
+    steps = Steps(folder / "logs")
+    cohorts = real_cohorts(dataset, root, seed)
+    start = _starting_point(steps, folder, cohorts, wanted, STARTS[name], seed, size)
+    split = cohorts.splits / "finetune.json"
+    cases = json.loads(split.read_text())[0]["train"]
+    overrides = {"split_file": split, "seed": seed, "batch_size": size.batch_size}
+    overrides |= _epochs(size.finetune_steps, len(cases), size.batch_size)
+    vectors, specialists = [], []
+    scans = {"images": dataset.resolve(), "part": "train", "split_file": split, "scans": UNLABELLED_SCANS}
+    for task, labels in [*wanted.items(), ("joint training", wanted)]:
+        bundle, vector = folder / slug(task), folder / f"{slug(task)}.safetensors"
+        channels = labels if task == "joint training" else {task: labels}
+        new = {"pretrained": start, "dataset_dir": dataset.resolve(), "task": task, "labels": json.dumps(channels)}
+        steps.run(f"{slug(task)}_setup", tools("new_task", **new, overlay="small", output=bundle), bundle, ["pretrain"])
+        steps.run(slug(task), train(bundle, **overrides), bundle / "models/model.pt", [f"{slug(task)}_setup"])
+        if task == "joint training":
+            break
+        diff = tools("diff", pretrained=start, finetuned=bundle, output=vector)
+        steps.run(f"{slug(task)}_diff", diff, vector, [slug(task)])
+        for method in ("fisher", "regmean"):
+            measure = tools("statistics", bundle=bundle, vector=vector, method=method, **scans)
+            made = vector.with_suffix(f".{method}.safetensors")
+            steps.run(f"{slug(task)}_{method}", measure, made, [f"{slug(task)}_diff"])
+        specialists.append(bundle)
+        vectors.append(vector)
+    merge = {"pretrained": start, "vectors": ",".join(map(str, vectors))}
+    diffs = [f"{slug(task)}_diff" for task in wanted]
+    others = [folder / "joint_training"]
+    for extra, flags in {
+        "distilled": ("distil", scans | {"seed": seed}),
+        "emr_modulated": ("merge", {"method": "emr", "modulate": True}),
+        "tall_modulated": ("merge", {"method": "task_arithmetic", "scale": 1 / len(wanted), "modulate": True}),
+    }.items():
+        command, options = flags
+        steps.run(extra, tools(command, **merge, **options, output=folder / extra), folder / extra, diffs)
+        others.append(folder / extra)
+    compare = tools(
+        "compare", **merge, specialists=",".join(map(str, specialists)), others=",".join(map(str, others)),
+        dataset_dir=dataset.resolve(), split_file=split, scales=size.scales, output=folder / "compare",
+    )  # fmt: skip
+    steps.run("compare", compare, folder / "compare" / "results.json", [*diffs, "joint_training", "distilled"])
+
+
+def _starting_point(
+    steps: Steps, folder: Path, cohorts: Cohorts, wanted: Mapping[str, list], start: Start, seed: int, size: Size
+) -> Path:
+    """Make a starting point's bundle and train it, or give it random weights."""
+    bundle = folder / "start"
+    setup: dict[str, object] = {"bundle": ROOT / "bundles" / start.bundle, "overlay": start.overlay}
+    split = cohorts.splits / ("finetune.json" if start.learns == "own images" else "pretrain.json")
+    cases = json.loads(split.read_text())[0]["train"]
+    if start.learns in ("labels", ""):
+        setup["dataset_dir"] = cohorts.pretrain
+        if size.unseen:
+            setup["labels"] = json.dumps(_other_labels(cohorts.pretrain, wanted))
+    else:
+        setup["dataset_dir"] = _images(cohorts.pretrain, cases, folder / "images")
+    new = tools("new_pretraining", **setup, patch_size=size.patch_size, output=bundle)
+    steps.run("pretrain_setup", new, bundle)
+    if start.bundle != "pretrain_lwi":
+        set_values(bundle, {"width": size.width})
+    if not start.learns:
+        done = steps.logs / "pretrain.done"
+        if not done.is_file():
+            random_weights(bundle, seed)
+            done.touch()
+        return bundle
+    overrides = {**start.settings, "seed": seed, **_epochs(size.pretrain_steps, len(cases), size.batch_size)}
+    overrides["batch_size"] = size.batch_size * start.settings.get("batch_size", 1)
+    if start.learns == "labels":
+        overrides["split_file"] = split
+    steps.run("pretrain", train(bundle, **overrides), bundle / "models" / "model.pt", ["pretrain_setup"])
+    return bundle
+
+
+def _epochs(steps: int, cases: int, batch: int) -> dict[str, int]:
+    """As many epochs as make so many steps, validated once, at the end: no validation patient chooses the weights."""
+    epochs = max(1, math.ceil(steps * batch / (cases * PATCHES_PER_VOLUME)))
+    return {"max_epochs": epochs, "val_interval": epochs, "patches_per_volume": PATCHES_PER_VOLUME}
+
+
+def _tasks(tasks: object, dataset: Path) -> dict[str, list]:
+    """Each task's labels."""
+    from tools.bundle_code.nnunet_data import read_labels
+    from tools.labels import resolve
+
+    chosen = parse_channels(tasks) or TASKS.get(dataset.name) or {name: name for name in read_labels(dataset)}
+    return resolve(dataset, chosen)
+
+
+def _other_labels(dataset: Path, wanted: Mapping[str, list]) -> dict[str, list]:
+    """The dataset's labels that belong to no task."""
+    from tools.bundle_code.nnunet_data import label_values, read_labels
+
+    taken = {value for values in label_values(dataset, wanted) for value in values}
+    others = {name: values for name, values in read_labels(dataset).items() if not taken & set(values)}
+    if not others:
+        raise SystemExit(f"every label of {dataset} belongs to a task, so none is left to pre-train on")
+    return others
+
+
+def _images(dataset: Path, cases: Sequence[str], folder: Path) -> Path:
+    """A folder of links to some cases' images."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for image in (dataset / "imagesTr").iterdir():
+        if image.name.split(".")[0].rpartition("_")[0] in cases and not (folder / image.name).is_symlink():
+            (folder / image.name).symlink_to(image)
+    return folder
+
+
+def _report(folder: Path, datasets: Sequence[str], starts: Sequence[str], seeds: int) -> None:
+    """results.md: for each dataset a table of mean Dice by merge method and starting point."""
+    lines = [
+        "Mean Dice over tasks on test patients, mean ± standard deviation over seeds; in brackets the normalized accuracy",
+        "(mean over tasks of merged ÷ specialist).",
+        "",
+    ]
+    for dataset in datasets:
+        cells: dict[str, dict[str, list[tuple[float, float]]]] = {}
+        for start in starts:
+            for seed in range(seeds):
+                path = folder / dataset / f"seed_{seed}" / start / "compare" / "results.json"
+                rows = read_json(path) if path.is_file() else []
+                own = rows[0]["dice"] if rows else {}
+                for row in rows:
+                    dice = float(np.mean([row["dice"][task] for task in own]))
+                    share = float(np.mean([row["dice"][task] / max(own[task], 1e-6) for task in own]))
+                    cells.setdefault(row["title"], {}).setdefault(start, []).append((dice, share))
+        done = {start: max((len(row.get(start, [])) for row in cells.values()), default=0) for start in starts}
+        lines += [f"**{dataset}**", ""]
+        lines += ["| | " + " | ".join(f"{start} ({done[start]} seeds)" for start in starts) + " |"]
+        lines += ["|---" * (1 + len(starts)) + "|"]
+        lines += [
+            f"| {title} | " + " | ".join(_cell(row.get(start, [])) for start in starts) + " |"
+            for title, row in cells.items()
+        ]
+        lines.append("")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.md").write_text("\n".join(lines))
+
+
+def _cell(values: Sequence[tuple[float, float]]) -> str:
+    if not values:
+        return ""
+    dice, shares = np.array(values).T
+    spread = f" ± {dice.std(ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{dice.mean():.3f}{spread} ({shares.mean():.2f})"
+
+
+def _words(value: object) -> str:
+    """A flag's words as they were typed, which fire makes a tuple of when they are separated by commas."""
+    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+
+
+if __name__ == "__main__":
+    fire.Fire(study)
