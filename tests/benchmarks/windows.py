@@ -19,10 +19,10 @@ from tools.instantiate import set_values
 
 TRAINING = {
     "learning_rate": 0.001,
-    "max_epochs": 10,
+    "max_epochs": 15,
     "val_interval": 5,
     "patches_per_volume": 10,
-    "zoom": "[0.8, 1.25]",
+    "zoom": "[0.9, 1.1]",
 }
 PRETRAINING = {"learning_rate": 0.001, "max_epochs": 5, "val_interval": 5, "patches_per_volume": 6}
 PATCH = [32, 32, 8]  # voxels: 16 × 2 slices of 16 tokens in a step
