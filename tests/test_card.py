@@ -43,13 +43,13 @@ def test_results_are_put_into_the_card_once(chain, results, tmp_path, which):
         run("tools", "card", "--bundle", bundle, "--results", results)
     text = (bundle / "docs" / "README.md").read_text()
     assert text.count("## Measured results") == 1 and text.replace(_section(text), "") == before
-    means = json.loads((results / "summary.json").read_text())[source.name]
+    summary = json.loads((results / "summary.json").read_text())["bundles"][source.name]
     metrics = json.loads((bundle / "configs" / "metadata.json").read_text())["eval_metrics"]
-    for label, mean in means.items():
-        if label != "mean":
-            assert f"| {label} | {mean:.3f} |" in text
-            assert metrics["dice"][label] == pytest.approx(mean, abs=1e-4)
-    assert metrics["mean_dice"] == pytest.approx(means["mean"], abs=1e-4)
+    for label, found in summary["labels"].items():
+        dice, nsd, hd95 = (found[name]["mean"] for name in ("dice", "nsd", "hd95_mm"))
+        assert f"| {label} | {dice:.3f} | too few cases | {nsd:.3f} | {hd95:.1f} | 4 |" in text
+        assert metrics["dice"][label] == pytest.approx(dice, abs=1e-4)
+    assert metrics["mean_dice"] == pytest.approx(summary["mean"]["dice"]["mean"], abs=1e-4)
     assert np.isfinite(metrics["mean_dice"])
 
 

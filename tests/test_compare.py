@@ -1,14 +1,24 @@
 """The table of methods: λ from the validation cases, scores from the test cases, and recipes that repeat a row."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
 
 from tests.conftest import here, run
 from tools.bundle_code.nnunet_data import all_cases
-from tools.compare import Row, table
 from tools.errors import UserError
+from tools.scores import read_scores, write_scores
+from tools.summary import mean_dice
+
+TITLES = ["specialists", "starting point + new heads (λ = 0)", "average", "task_arithmetic"]
+
+FLAGS = ["pretrained", "vectors", "specialists", "dataset_dir", "split_file", "output"]
+
+
+def means(bundle):
+    return {label: found["dice"]["mean"] for label, found in bundle["labels"].items()}
 
 
 def test_lambda_is_chosen_on_validation_and_rows_can_be_repeated(chain, tmp_path):
@@ -32,18 +42,18 @@ def test_lambda_is_chosen_on_validation_and_rows_can_be_repeated(chain, tmp_path
         "average,task_arithmetic",
     ]
     text = run(*words, "--scales", "0.3,0.9").stdout
-    rows = {row["title"]: row for row in json.loads((tmp_path / "out" / "results.json").read_text())}
-    assert list(rows) == ["specialists", "starting point + new heads (λ = 0)", "average", "task_arithmetic"]
-    assert set(rows["average"]["dice"]) == {"liver", "spleen"}
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(results["bundles"]) == TITLES and results["against"] == ["specialists"]
+    dice = {title: means(row) for title, row in results["bundles"].items()}
+    assert set(dice["average"]) == {"liver", "spleen"}
+    share = results["normalized_accuracy"]["average"]["labels"]["liver"]
+    assert share == pytest.approx(dice["average"]["liver"] / max(dice["specialists"]["liver"], 1e-6))
     assert "| average | " in text and (tmp_path / "out" / "results.md").read_text() in text
 
-    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
-    validated = {}
-    for key, dice in scores.items():
-        recipe, *_, cases = json.loads(key) if key.startswith("[{") else (None, None)
-        if recipe and cases[1:] == names[1:2]:
-            validated[recipe["parameters"]["scale"]] = sum(dice.values())
+    files = sorted((tmp_path / "out" / "scores").glob("task_arithmetic_*_val_*.csv"))
+    validated = {float(file.name.split("_")[2]): mean_dice(read_scores(file)) for file in files}
     assert set(validated) == {0.3, 0.9}
+    assert {score.case for file in files for score in read_scores(file)} == set(names[1:2])
     recipe = tmp_path / "out" / "recipes" / "task_arithmetic.yaml"
     assert yaml.safe_load(recipe.read_text())["parameters"]["scale"] == max(validated, key=validated.get)
     run("tools", "merge", "--recipe", recipe, "--output", tmp_path / "again")
@@ -59,23 +69,17 @@ def test_lambda_is_chosen_on_validation_and_rows_can_be_repeated(chain, tmp_path
         "--output",
         tmp_path / "e",
     )
-    again = json.loads((tmp_path / "e" / "summary.json").read_text())["again"]
-    assert {label: again[label] for label in ("liver", "spleen")} == pytest.approx(rows["task_arithmetic"]["dice"])
+    again = json.loads((tmp_path / "e" / "summary.json").read_text())["bundles"]["again"]
+    assert means(again) == pytest.approx(dice["task_arithmetic"])
 
-    halves = {key: {label: dice / 2 for label, dice in values.items()} for key, values in scores.items()}
-    (tmp_path / "out" / "scores.json").write_text(json.dumps(halves))
+    for file in (tmp_path / "out" / "scores").iterdir():
+        write_scores(file, [replace(score, dice=score.dice / 2) for score in read_scores(file)])
     run(*words, "--scales", "0.3,0.9")  # nothing is scored twice
-    for row in json.loads((tmp_path / "out" / "results.json").read_text()):
-        assert row["dice"] == {label: dice / 2 for label, dice in rows[row["title"]]["dice"].items()}
+    halves = json.loads((tmp_path / "out" / "results.json").read_text())["bundles"]
+    for title, found in dice.items():
+        assert means(halves[title]) == pytest.approx({label: value / 2 for label, value in found.items()})
     result = here(*words[:-1], "averge")
     assert result.returncode == 1 and "did you mean 'average'" in result.stderr
-
-
-def test_the_table_compares_with_its_first_row():
-    rows = [Row("specialists", {"a": 0.8, "b": 0.5}), Row("average", {"a": 0.4, "b": 0.5}, "λ = 1")]
-    lines = table(rows).splitlines()
-    assert lines[2] == "| specialists | 0.800 | 0.500 | 0.650 |  |"
-    assert lines[3] == "| average (λ = 1) | 0.400 (0.50) | 0.500 (1.00) | 0.450 (0.75) | 0.50 |"
 
 
 def test_an_unknown_split_is_refused(chain, tmp_path):
@@ -83,3 +87,9 @@ def test_an_unknown_split_is_refused(chain, tmp_path):
 
     with pytest.raises(UserError, match="not found"):
         compare("p", "v", "s", str(chain.dataset), str(tmp_path / "none.json"), str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("others", ["runs/average", "a/joint,b/joint"])
+def test_rows_of_one_name_are_refused(others):
+    result = here("tools", "compare", *[f"--{flag}=x" for flag in FLAGS], "--others", others)
+    assert result.returncode == 1 and "must have names that differ" in result.stderr

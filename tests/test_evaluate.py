@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 
 import nibabel
 import numpy as np
@@ -12,7 +13,8 @@ from tests.conftest import ROOT, here, run
 from tests.test_merge import refused
 from tools.bundle import Bundle, read_json, write_json
 from tools.errors import UserError
-from tools.evaluate import Score, evaluate, find_cases, segment, summarise
+from tools.evaluate import evaluate, find_cases, reference_bundles, segment
+from tools.scores import read_scores, write_scores
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,7 @@ def evaluation(chain, tmp_path_factory):
 
 
 def test_dice_is_the_overlap_of_the_written_label_maps(chain, evaluation):
-    rows = list(csv.DictReader((evaluation / "dice.csv").open()))
+    rows = list(csv.DictReader((evaluation / "scores.csv").open()))
     assert {(r["bundle"], r["label"]) for r in rows} == {
         ("merged", "liver"),
         ("merged", "spleen"),
@@ -39,20 +41,73 @@ def test_dice_is_the_overlap_of_the_written_label_maps(chain, evaluation):
         channel = ["liver", "spleen"].index(row["label"]) + 1 if row["bundle"] == "merged" else 1
         a, b = np.asarray(predicted.dataobj) == channel, np.asarray(truth.dataobj) == ids[row["label"]]
         assert float(row["dice"]) == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()), abs=1e-6)
-        assert float(row["reference_ml"]) == pytest.approx(b.sum() * 0.064, rel=1e-3)
+        assert float(row["reference_ml"]) == pytest.approx(b.sum() * 0.256, rel=1e-3)
 
 
 def test_summary_and_pictures(evaluation):
     summary = json.loads((evaluation / "summary.json").read_text())
-    assert summary["merged"]["mean"] == pytest.approx((summary["merged"]["liver"] + summary["merged"]["spleen"]) / 2)
+    merged, spleen = summary["bundles"]["merged"], summary["bundles"]["spleen"]
+    dice = {label: found["dice"]["mean"] for label, found in merged["labels"].items()}
+    assert merged["mean"]["dice"]["mean"] == pytest.approx((dice["liver"] + dice["spleen"]) / 2)
+    assert summary["against"] == ["spleen"]  # whose task vector was merged
+    share = dice["spleen"] / max(spleen["labels"]["spleen"]["dice"]["mean"], 1e-6)
+    assert summary["normalized_accuracy"]["merged"]["labels"] == pytest.approx({"spleen": share})
+    assert [(test["bundle"], test["label"], test["cases"]) for test in summary["paired"]] == [("merged", "spleen", 4)]
+    assert "| merged | " in (evaluation / "summary.md").read_text()
+    facts = read_json(evaluation / "evaluation.json")
+    assert facts["labels"] == {"merged": ["liver", "spleen"], "spleen": ["spleen"]} and facts["tolerance_mm"] == 2
     pictures = sorted(evaluation.glob("*.png"))
     assert [p.stem for p in pictures] == [f"phantom_00{i}" for i in range(4)]
     assert all(p.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and p.stat().st_size > 10_000 for p in pictures)
 
 
-def test_an_absent_organ_does_not_count():
-    scores = [Score("b", "1", "liver", 0.5, 1, 1), Score("b", "2", "liver", float("nan"), 0, 3)]
-    assert summarise(scores)["b"] == {"liver": 0.5, "mean": 0.5}
+def test_what_others_are_compared_with(chain, tmp_path, capsys):
+    liver, merged = Bundle(chain.specialists["liver"]), Bundle(chain.merged)
+    shutil.copytree(liver.path, tmp_path / "again")
+    again, start = Bundle(tmp_path / "again"), Bundle(chain.pretrain)
+    assert reference_bundles([start, merged, liver], []) == {"liver": "liver"}
+    assert reference_bundles([liver, again], []) == {}  # nothing was merged
+    assert reference_bundles([merged, liver, again], []) == {}
+    assert "liver and again have 'liver': --against must say" in capsys.readouterr().out
+    assert reference_bundles([merged, liver, again], ["again"]) == {"liver": "again"}
+    assert reference_bundles([merged, liver, again], [str(chain.merged)]) == {"liver": "merged", "spleen": "merged"}
+    with pytest.raises(UserError, match="not among the bundles, did you mean 'again'"):
+        reference_bundles([merged, again], ["agan"])
+    with pytest.raises(UserError, match="liver and again have 'liver'"):
+        reference_bundles([merged, liver, again], ["liver", "again"])
+
+
+def test_a_stopped_evaluation_goes_on(untrained, tmp_path):
+    """It is stopped by the second case, whose label map is on another grid."""
+    shutil.copytree(untrained, tmp_path / "b")
+    config = tmp_path / "b" / "configs" / "inference.json"
+    config.write_text(config.read_text().replace("[96, 96, 96]", "[32, 32, 32]"))
+    for folder in ("imagesTs", "labelsTs"):
+        (tmp_path / "d" / folder).mkdir(parents=True)
+    labels = {"background": 0, "liver": 1, "spleen": 2}
+    (tmp_path / "d" / "dataset.json").write_text(json.dumps({"channel_names": {"0": "CT"}, "labels": labels}))
+    random = np.random.default_rng(0)
+    for name in ("first", "second"):
+        image = random.normal(size=(24, 24, 24)).astype(np.float32)
+        nibabel.save(nibabel.Nifti1Image(image, np.eye(4)), tmp_path / "d/imagesTs" / f"{name}_0000.nii.gz")
+        grid = np.diag([1, 1, 1 if name == "first" else 2, 1])
+        label = nibabel.Nifti1Image(np.full((24, 24, 24), 1, np.uint8), grid)
+        nibabel.save(label, tmp_path / "d/labelsTs" / f"{name}.nii.gz")
+    words = ["tools", "evaluate", "--bundle", tmp_path / "b", "--dataset_dir", tmp_path / "d", "--part", "Ts"]
+    words += ["--overlays", "False", "--output", tmp_path / "out", "--workers"]
+    refused(here(*words, 1), "case second: the label map is not on the grid")
+    assert not (tmp_path / "out").exists()
+    (kept,) = (tmp_path / "out.partial").iterdir()
+    assert {path.name for path in kept.iterdir()} == {"first.nii.gz", "first.csv", "second.nii.gz"}
+    write_scores(kept / "first.csv", [replace(score, dice=0.123) for score in read_scores(kept / "first.csv")])
+    nibabel.save(nibabel.Nifti1Image(np.ones((24, 24, 24), np.uint8), np.eye(4)), tmp_path / "d/labelsTs/second.nii.gz")
+    result = here(*words, 0)
+    assert result.returncode == 0, result.stderr
+    assert "b: goes on, 2 of 2 cases were segmented before" in result.stdout
+    rows = list(csv.DictReader((tmp_path / "out" / "scores.csv").open()))
+    assert [row["case"] for row in rows] == ["first", "first", "second", "second"]
+    assert rows[0]["dice"] == "0.123"  # what was kept, and not measured again
+    assert (tmp_path / "out/label_maps/b/second.nii.gz").is_file() and not (tmp_path / "out.partial").exists()
 
 
 def test_other_label_names_are_mapped_or_refused(chain, tmp_path):
@@ -74,7 +129,7 @@ def test_split_parts_choose_the_cases(chain, tmp_path):
     split.write_text(json.dumps([{"train": [], "val": [], "test": ["phantom_002"]}]))
     words = ["--bundle", chain.specialists["liver"], "--dataset_dir", chain.dataset, "--output", tmp_path / "out"]
     run("tools", "evaluate", *words, "--split_file", split, "--part", "test", "--overlays", False)
-    assert {row["case"] for row in csv.DictReader((tmp_path / "out" / "dice.csv").open())} == {"phantom_002"}
+    assert {row["case"] for row in csv.DictReader((tmp_path / "out" / "scores.csv").open())} == {"phantom_002"}
     words[-1] = tmp_path / "other"
     refused(
         here("tools", "evaluate", *words, "--split_file", tmp_path / "no.json", "--part", "test"),
@@ -120,6 +175,6 @@ def test_a_bundle_whose_inferer_gives_logits_is_segmented_as_before(chain, tmp_p
         transform.pop("_disabled_", None)
     write_json(other / "configs" / "inference.json", config)
     cases = find_cases(chain.dataset, "all", "", 0)
-    maps = [[prediction for _, prediction, *_ in segment(Bundle(b), cases)] for b in (chain.merged, other)]
+    maps = [[prediction for _, prediction, _ in segment(Bundle(b), cases)] for b in (chain.merged, other)]
     assert maps[0][0].any()
     assert all(np.array_equal(*pair) for pair in zip(*maps, strict=True))

@@ -393,7 +393,7 @@ def test_dicom_segments_keep_their_names_when_an_organ_is_absent(studies, tmp_pa
 
     ras = nibabel.load(studies / "ras.nii.gz")
     volume = itk.image_from_array(np.ascontiguousarray(np.asarray(ras.dataobj).T))
-    volume.SetSpacing([4.0, 4.0, 4.0])
+    volume.SetSpacing([8.0, 8.0, 4.0])
     volume.SetDirection(np.diag([-1.0, -1.0, 1.0]))
     volume.SetOrigin((ras.affine[:3, 3] * [-1, -1, 1]).tolist())
     (tmp_path / "series").mkdir()

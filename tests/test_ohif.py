@@ -59,7 +59,7 @@ def dicomweb(phantom_dataset, tmp_path_factory):
     image = Path(os.environ.get("OHIF_IMAGE") or phantom_dataset / "imagesTr" / "phantom_000_0000.nii.gz")
     ras = nibabel.as_closest_canonical(nibabel.load(image))
     volume = itk.image_from_array(np.ascontiguousarray(np.asarray(ras.dataobj).T))
-    volume.SetSpacing([4.0, 4.0, 4.0])
+    volume.SetSpacing([8.0, 8.0, 4.0])
     volume.SetDirection(np.diag([-1.0, -1.0, 1.0]))
     volume.SetOrigin((ras.affine[:3, 3] * [-1, -1, 1]).tolist())
     (root / "series").mkdir()

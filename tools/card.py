@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import csv
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tools.bundle import Bundle, read_json
 from tools.errors import UserError
 from tools.instantiate import update_metadata
 from tools.lineage import file_sha256
+from tools.scores import read_scores
+from tools.summary import BundleSummary, Estimate, summarise
 
 MEASURED = "## Measured results\n"
 
@@ -29,28 +29,27 @@ def card(bundle: str, results: str) -> None:
         UserError: the results are not there, or are of another bundle or of other weights.
     """
     subject, folder = Bundle(bundle), Path(results)
-    if not (folder / "evaluation.json").is_file() or not (folder / "dice.csv").is_file():
-        raise UserError(f"{results} is no output of evaluate: it has no evaluation.json and dice.csv")
+    if not (folder / "evaluation.json").is_file() or not (folder / "scores.csv").is_file():
+        raise UserError(f"{results} is no output of evaluate: it has no evaluation.json and scores.csv")
     evaluation = read_json(folder / "evaluation.json")
     names = [name for name, sha256 in evaluation["weights"].items() if sha256 == file_sha256(subject.model_file)]
     if not names:
         raise UserError(f"{results} has no results of {subject.model_file}: evaluate the bundle as it is now")
-    with (folder / "dice.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["bundle"] == names[0] and row["dice"] != "nan"]
-    dice: dict[str, list[float]] = {}
-    for row in rows:
-        dice.setdefault(row["label"], []).append(float(row["dice"]))
-    if not dice:
+    summary = summarise([score for score in read_scores(folder / "scores.csv") if score.bundle == names[0]]).bundles[
+        names[0]
+    ]
+    if not summary.mean["dice"].cases:
         raise UserError(f"{results} has no Dice of {subject.path}: the reference has none of its organs")
-    means = {label: round(float(np.mean(values)), 4) for label, values in dice.items()}
+    means = {label: round(v["dice"].mean, 4) for label, v in summary.labels.items() if v["dice"].cases}
     where = f"{evaluation['dataset']}, {evaluation['part']}"
     update_metadata(
         subject.path,
-        eval_metrics={"mean_dice": round(float(np.mean([*means.values()])), 4), "dice": means, "measured_on": where},
+        eval_metrics={"mean_dice": round(summary.mean["dice"].mean, 4), "dice": means, "measured_on": where},
     )
     path = subject.path / "docs" / "README.md"
-    path.write_text(_with_results(path.read_text() if path.is_file() else f"# {subject.name}\n", where, dice))
-    print(f"{path}: Dice of {len(dice)} labels on {where}")
+    text = path.read_text() if path.is_file() else f"# {subject.name}\n"
+    path.write_text(_with_results(text, where, summary, evaluation["tolerance_mm"]))
+    print(f"{path}: Dice of {len(means)} labels on {where}")
 
 
 def write_card(folder: Path, lineage: Mapping[str, Any], label_map: Mapping[str, object]) -> None:
@@ -90,15 +89,18 @@ def described(data: Mapping[str, str]) -> str:
     return f"{data.get('dataset', 'a dataset without a name')} ({'; '.join(part for part in parts if part)})"
 
 
-def _with_results(text: str, where: str, dice: Mapping[str, list[float]]) -> str:
+def _with_results(text: str, where: str, summary: BundleSummary, tolerance: float) -> str:
     """A card with this table of results; it takes the place of an older one, else stands before the limits or at the end."""
     rows = "\n".join(
-        f"| {label} | {np.mean(v):.3f} | {min(v):.3f} | {max(v):.3f} | {len(v)} |" for label, v in dice.items()
+        f"| {label} | {v['dice'].mean:.3f} | {_interval(v['dice'])} | {v['nsd'].mean:.3f} | {v['hd95_mm'].mean:.1f} | "
+        f"{v['dice'].cases} |"
+        for label, v in summary.labels.items()
+        if v["dice"].cases
     )
-    mean = np.mean([np.mean(values) for values in dice.values()])
     section = (
-        f"{MEASURED}Dice on {where}, by `python -m tools evaluate`; mean over labels {mean:.3f}.\n\n"
-        f"| label | mean | lowest | highest | cases |\n|---|---|---|---|---|\n{rows}\n\n"
+        f"{MEASURED}On {where}, by `python -m tools evaluate`; mean Dice over labels {summary.mean['dice'].mean:.3f}.\n\n"
+        f"| label | Dice | 95 % interval | surface Dice, {tolerance:g} mm | HD95, mm | cases |\n|---|---|---|---|---|---|\n"
+        f"{rows}\n\n"
     )
     if MEASURED in text:
         return re.sub(
@@ -108,3 +110,7 @@ def _with_results(text: str, where: str, dice: Mapping[str, list[float]]) -> str
     position = place.start() if place else len(text)
     gap = "" if text[:position].endswith("\n\n") else "\n"
     return text[:position] + gap + section + text[position:]
+
+
+def _interval(value: Estimate) -> str:
+    return "too few cases" if math.isnan(value.low) else f"{value.low:.3f} to {value.high:.3f}"

@@ -2,41 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
 
-from tools.bundle import Bundle, read_json
+from tools.bundle import Bundle
 from tools.errors import UserError, nearest
 from tools.lineage import file_sha256
 from tools.merge import merge_recipe, split_paths
 from tools.merge_methods import METHODS
 from tools.recipe import Recipe
+from tools.scores import Score, read_scores, write_scores
+from tools.summary import mean_dice, summarise
+from tools.summary_table import markdown
 from tools.task_statistics import TaskStatistics, statistics_file
 from tools.task_vector import TaskVector
 
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5)
 PAIRS_ONLY = ("slerp", "nuslerp")
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the table.
-
-    Attributes:
-        title: what it is.
-        dice: mean Dice by label on the test patients.
-        note: the coefficient that was chosen.
-    """
-
-    title: str
-    dice: Mapping[str, float]
-    note: str = ""
 
 
 def compare(
@@ -69,6 +59,11 @@ def compare(
     for name in chosen:
         if name not in METHODS:
             raise UserError(f"no merge method {name!r}{nearest(name, METHODS)}; there are {', '.join(METHODS)}")
+    trained = {Path(path).name: path for path in split_paths(others)}
+    if {*trained} & {*METHODS} or len(trained) < len(split_paths(others)):
+        raise UserError(
+            "the folders of --others must have names that differ, and are no merge method's: they name the rows"
+        )
     files = split_paths(vectors)
     if len(files) > 2:
         chosen = [name for name in chosen if name not in PAIRS_ONLY]
@@ -78,53 +73,38 @@ def compare(
             chosen.remove(name)
     values = [float(value) for value in (scales if isinstance(scales, tuple | list) else [scales])]
     scorer = _Scorer(Path(output), dataset_dir, split_file)
-    own: dict[str, float] = {}
-    for path in split_paths(specialists):
-        own |= scorer.bundle(Path(path), "test")
-    rows = [Row("specialists", own)]
+    own = [score for path in split_paths(specialists) for score in scorer.bundle(Path(path), "test")]
+    rows = {"specialists": own}
     start = Recipe(pretrained, files, "task_arithmetic", {"scale": 0.0})
-    rows.append(Row("starting point + new heads (λ = 0)", scorer.recipe(start, "test")))
-    rows += [Row(Path(path).name, scorer.bundle(Path(path), "test")) for path in split_paths(others)]
+    rows["starting point + new heads (λ = 0)"] = scorer.recipe(start, "test")
+    rows |= {name: scorer.bundle(Path(path), "test") for name, path in trained.items()}
+    notes: dict[str, str] = {}
     for name in chosen:
         tunable = "scale" in METHODS[name].parameters
         candidates = [
             Recipe(pretrained, files, name, {"scale": v} if tunable else {}) for v in (values if tunable else [0])
         ]
         if tunable:
-            means = [_mean(scorer.recipe(candidate, "val")) for candidate in candidates]
+            means = [mean_dice(scorer.recipe(candidate, "val")) for candidate in candidates]
             best = candidates[int(np.argmax(means))]
+            notes[name] = f"λ = {best.parameters['scale']:g}"
         else:
             best = candidates[0]
         scorer.keep(best)
-        note = f"λ = {best.parameters['scale']:g}" if tunable else ""
-        rows.append(Row(name, scorer.recipe(best, "test"), note))
-        print(f"{name} {note}: mean Dice {_mean(rows[-1].dice):.3f}", flush=True)
-    text = table(rows)
+        rows[name] = scorer.recipe(best, "test")
+        print(f"{name} {notes.get(name, '')}: mean Dice {mean_dice(rows[name]):.3f}", flush=True)
+    scores = [replace(score, bundle=title) for title, found in rows.items() for score in found]
+    summary = summarise(scores, {score.label: "specialists" for score in own})
+    text = markdown(summary, notes=notes)
     (scorer.output / "results.md").write_text(text)
-    facts = [{"title": row.title, "note": row.note, "dice": row.dice} for row in rows]
-    (scorer.output / "results.json").write_text(json.dumps(facts, indent=2))
+    (scorer.output / "results.json").write_text(
+        json.dumps(summary.as_dict() | {"notes": notes}, indent=2, allow_nan=False)
+    )
     print(f"\n{text}\nwritten: {output}/results.md, results.json, recipes/")
 
 
-def table(rows: Sequence[Row]) -> str:
-    """A Markdown table; the first row is the one that the others are compared with."""
-    own = rows[0].dice
-    labels = [label for label in own if all(label in row.dice for row in rows)]
-    lines = ["| | " + " | ".join([*labels, "mean", "worst"]) + " |", "|---" * (len(labels) + 3) + "|"]
-    for row in rows:
-        shares = {label: row.dice[label] / max(own[label], 1e-6) for label in labels}
-        cells = [
-            f"{row.dice[label]:.3f}" + (f" ({shares[label]:.2f})" if row is not rows[0] else "") for label in labels
-        ]
-        mean = np.mean([row.dice[label] for label in labels])
-        cells.append(f"{mean:.3f}" + (f" ({np.mean(list(shares.values())):.2f})" if row is not rows[0] else ""))
-        cells.append(f"{min(shares.values()):.2f}" if row is not rows[0] else "")
-        lines.append(f"| {row.title}{f' ({row.note})' if row.note else ''} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
 class _Scorer:
-    """Mean Dice of bundles and recipes; what an earlier run scored is not scored again."""
+    """Dice of bundles and recipes; what an earlier run scored is not scored again."""
 
     def __init__(self, output: Path, dataset_dir: str, split_file: str) -> None:
         from tools.evaluate import find_cases
@@ -132,31 +112,30 @@ class _Scorer:
         self.output = output
         self.dataset_dir = dataset_dir
         self.cases = {part: find_cases(dataset_dir, part, split_file, 0) for part in ("val", "test")}
-        (output / "recipes").mkdir(parents=True, exist_ok=True)
-        self.path = output / "scores.json"
-        self.known: dict[str, dict[str, float]] = read_json(self.path) if self.path.is_file() else {}
+        for folder in ("recipes", "scores"):
+            (output / folder).mkdir(parents=True, exist_ok=True)
 
-    def recipe(self, recipe: Recipe, part: str) -> dict[str, float]:
+    def recipe(self, recipe: Recipe, part: str) -> list[Score]:
         vectors = [TaskVector(path) for path in recipe.vectors]
         inputs = [vector.sha256 for vector in vectors]
         if METHODS[recipe.method].needs_statistics:
             inputs += [TaskStatistics(vector, recipe.method).sha256 for vector in vectors]
         how = {name: value for name, value in recipe.as_dict().items() if name not in ("pretrained", "vectors")}
-        key = json.dumps([how, inputs, self._cases_key(part)], sort_keys=True)
-        if key not in self.known:
+        scale = f"_{recipe.parameters['scale']:g}" if "scale" in recipe.parameters else ""
+        path = self._path(f"{recipe.method}{scale}", part, [how, inputs])
+        if not path.is_file():
             with tempfile.TemporaryDirectory(dir=self.output) as folder:
                 merged = Path(folder) / "merged"
                 merge_recipe(recipe, merged, quiet=True)
-                self._remember(key, self._score(Bundle(merged), part))
-        return self.known[key]
+                self._score(Bundle(merged), part, path)
+        return read_scores(path)
 
-    def bundle(self, path: Path, part: str) -> dict[str, float]:
-        bundle = Bundle(path)
-        bundle.weights()
-        key = json.dumps([file_sha256(bundle.model_file), self._cases_key(part)])
-        if key not in self.known:
-            self._remember(key, self._score(bundle, part))
-        return self.known[key]
+    def bundle(self, folder: Path, part: str) -> list[Score]:
+        bundle = Bundle(folder)
+        path = self._path(bundle.name, part, [file_sha256(bundle.weights().path)])
+        if not path.is_file():
+            self._score(bundle, part, path)
+        return read_scores(path)
 
     def keep(self, recipe: Recipe) -> None:
         """Write a recipe, so that its row can be repeated."""
@@ -164,23 +143,14 @@ class _Scorer:
         text = yaml.safe_dump(recipe.relative_to(folder).as_dict(), sort_keys=False)
         (folder / f"{recipe.method}.yaml").write_text(text)
 
-    def _cases_key(self, part: str) -> list[str]:
-        return [str(Path(self.dataset_dir).resolve()), *self.cases[part]]
+    def _path(self, name: str, part: str, made_of: Sequence[Any]) -> Path:
+        """The file for the scores of something, whose name changes with what it is made of and with the cases."""
+        facts = [*made_of, str(Path(self.dataset_dir).resolve()), *self.cases[part]]
+        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return self.output / "scores" / f"{name}_{part}_{key[:16]}.csv"
 
-    def _score(self, bundle: Bundle, part: str) -> dict[str, float]:
-        from tools.evaluate import score_bundle, summarise
+    def _score(self, bundle: Bundle, part: str, path: Path) -> None:
+        from tools.evaluate import score_bundle
 
         with tempfile.TemporaryDirectory() as folder:
-            scores = score_bundle(bundle, self.dataset_dir, self.cases[part], Path(folder) / "label_maps", {})
-        means = summarise(scores)[bundle.name]
-        return {label: value for label, value in means.items() if label != "mean"}
-
-    def _remember(self, key: str, scores: dict[str, float]) -> None:
-        self.known[key] = scores
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.known, indent=1))
-        partial.replace(self.path)
-
-
-def _mean(scores: Mapping[str, float]) -> float:
-    return float(np.nanmean(list(scores.values())))
+            write_scores(path, score_bundle(bundle, self.dataset_dir, self.cases[part], Path(folder), {}))

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from tools.bundle import read_json
 from tools.errors import UserError
-from tools.evaluate import dice
 from tools.labels import parse_channels, parse_sources
+from tools.scores import dice
 
 BUNDLES = Path(os.path.relpath(Path(__file__).parents[1] / "bundles"))
 PHANTOM_TASKS = {

@@ -1,60 +1,55 @@
-"""``evaluate``: Dice per case and class on a labelled dataset, in the images' own geometry, and pictures to look at."""
+"""``evaluate``: Dice, surface Dice and HD95 per case and class on a labelled dataset, what they say together, and pictures."""
 
 from __future__ import annotations
 
-import csv
+import hashlib
 import json
+import shutil
+import signal
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from contextlib import contextmanager, suppress
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from tools.bundle import Bundle
-from tools.errors import UserError
+from tools.bundle import Bundle, read_json
+from tools.calibration import CalibrationSummary, calibrate, calibration_markdown, check_inferer, summarise_calibration
+from tools.errors import UserError, nearest
 from tools.instantiate import data_facts
 from tools.labels import check_channels, parse_channels, parse_sources
 from tools.lineage import file_sha256
+from tools.merge import split_paths
 from tools.output import complete_output
-
-
-@dataclass(frozen=True)
-class Score:
-    """One row of dice.csv.
-
-    Attributes:
-        bundle: name of the bundle's folder.
-        case: case identifier.
-        label: output channel.
-        dice: Dice similarity coefficient; NaN when the reference does not have the organ.
-        reference_ml: volume of the organ in the reference, millilitres.
-        predicted_ml: volume in the prediction, millilitres.
-    """
-
-    bundle: str
-    case: str
-    label: str
-    dice: float
-    reference_ml: float
-    predicted_ml: float
+from tools.scores import Score, read_scores, score_label_map, write_scores
+from tools.segmenter import Segmenter
+from tools.summary import Summary, summarise
+from tools.summary_table import markdown
 
 
 def evaluate(
-    bundle: str,
+    bundle: str | Sequence[str],
     dataset_dir: str,
     output: str,
     part: str = "all",
     split_file: str = "",
     fold: int = 0,
     labels: object = None,
+    tolerance: float = 2.0,
+    against: str | Sequence[str] = (),
+    workers: int = 0,
+    calibration: bool = False,
     overlays: bool = True,
     overwrite: bool = False,
 ) -> None:
-    """Run bundles on labelled cases and write dice.csv, summary.json, evaluation.json, label maps and one picture per case.
+    """Run bundles on labelled cases; write scores.csv, summary.json and .md, label maps and one picture per case.
 
     Classes are matched by the label names that a bundle was trained on, so a specialist is scored on its own organ and a
-    merged model on all of its own. A class that the dataset does not have is left out, and said so.
+    merged model on all of its own. A class that the dataset does not have is left out, and said so. A stopped run goes on:
+    what is done waits in <output>.partial.
 
     Args:
         bundle: a bundle with weights, or several separated by commas.
@@ -64,144 +59,229 @@ def evaluate(
         split_file: JSON file with the split; default: the dataset's splits_final.json.
         fold: index into the split.
         labels: the dataset's labels for channels that are called otherwise: "{liver: 6}".
+        tolerance: of the normalised surface Dice, mm: surfaces this near to each other count as the same.
+        against: those of the bundles that the others are compared with, separated by commas: one, or the specialists. Default:
+            the specialists whose task vectors were merged.
+        workers: processes that measure while the next case is segmented; 0 measures in between.
+        calibration: also write calibration.json: how far probabilities are from frequencies, and where two organs' heads claim
+            the same voxels. Runs each bundle a second time.
         overlays: draw reference and predictions, one PNG per case.
         overwrite: replace the output if it exists.
     """
-    bundles = (
-        [Bundle(path) for path in str(bundle).split(",")] if isinstance(bundle, str) else [Bundle(b) for b in bundle]
-    )
+    bundles = [Bundle(path) for path in split_paths(bundle)]
     if len({b.name for b in bundles}) != len(bundles):
         raise UserError("the bundles' folders must have different names")
+    if not tolerance >= 0:
+        raise UserError(f"--tolerance {tolerance}: it is a distance in millimetres, 0 or more")
     for b in bundles:
         check_channels(dataset_dir, b)
+        if calibration:
+            check_inferer(b)
+    references = reference_bundles(bundles, split_paths(against))
     renamed = parse_channels(labels) or {}
     cases = find_cases(dataset_dir, part, split_file, fold)
+    facts = {
+        "dataset": data_facts(dataset_dir)["dataset"],
+        "part": f"{len(cases)} cases ({part})",
+        "weights": {b.name: file_sha256(b.weights().path) for b in bundles},
+        "labels": {b.name: b.labels for b in bundles},  # of the label maps, from 1 on
+        "tolerance_mm": tolerance,
+    }
+    partial = Path(f"{Path(output)}.partial")
     with complete_output(output, overwrite, sign="summary.json") as folder:
+        folder.mkdir()
+        done = {b.name: partial / _key(b, dataset_dir, renamed, tolerance) for b in bundles}
         scores: list[Score] = []
-        for b in bundles:
-            scores += score_bundle(b, dataset_dir, cases, folder / "label_maps" / b.name, renamed)
-        with (folder / "dice.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(asdict(scores[0])))
-            writer.writeheader()
-            writer.writerows(asdict(score) for score in scores)
-        summary = summarise(scores)
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2))
-        facts = {"dataset": data_facts(dataset_dir)["dataset"], "part": f"{len(cases)} cases ({part})"}
-        facts["weights"] = {b.name: file_sha256(b.model_file) for b in bundles}
-        (folder / "evaluation.json").write_text(json.dumps(facts, indent=2))
+        with _scoring_processes(workers) as executor:
+            for b in bundles:
+                scores += score_bundle(b, dataset_dir, cases, done[b.name], renamed, tolerance, executor)
+        calibrated = {
+            b.name: _calibration(b, dataset_dir, cases, done[b.name], renamed) for b in bundles if calibration
+        }
+        for name, case in [(b.name, case) for b in bundles for case in cases]:
+            (folder / "label_maps" / name).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(done[name] / f"{case}.nii.gz", folder / "label_maps" / name / f"{case}.nii.gz")
+        table = _write_results(folder, scores, summarise(scores, references), calibrated, facts)
         if overlays:
-            for name, case in cases.items():
+            for name, case in tqdm(cases.items(), desc="pictures", disable=None, leave=False):
                 _draw(folder, bundles, name, case, dataset_dir, renamed)
-    for b in bundles:
-        means = summary[b.name]
-        print(
-            f"{b.name}: mean Dice {means['mean']:.3f} on {len(cases)} cases; "
-            + ", ".join(f"{label} {value:.3f}" for label, value in means.items() if label != "mean")
-        )
-    print(f"written: {output}/dice.csv, summary.json, label_maps/" + (", one PNG per case" if overlays else ""))
+    _clear(partial)
+    pictures = ", one PNG per case" if overlays else ""
+    print(f"{table}\nwritten: {output}/scores.csv, summary.json, summary.md, label_maps/{pictures}")
+
+
+def _write_results(
+    folder: Path,
+    scores: Sequence[Score],
+    summary: Summary,
+    calibrated: Mapping[str, CalibrationSummary],
+    facts: Mapping[str, Any],
+) -> str:
+    """Write everything but label maps and pictures; returns the tables."""
+    write_scores(folder / "scores.csv", scores)
+    table = markdown(summary, facts["tolerance_mm"])
+    contents = {"summary": summary.as_dict(), "evaluation": facts}
+    if calibrated:
+        contents["calibration"] = {"bundles": {name: found.as_dict() for name, found in calibrated.items()}}
+        table += f"\n{calibration_markdown(calibrated)}"
+    for name, content in contents.items():
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2, allow_nan=False))
+    (folder / "summary.md").write_text(f"{facts['dataset']}, {facts['part']}\n\n{table}")
+    return table
 
 
 def score_bundle(
-    bundle: Bundle, dataset_dir: str | Path, cases: Mapping[str, Mapping[str, Any]], label_maps: Path, labels: Mapping
+    bundle: Bundle,
+    dataset_dir: str | Path,
+    cases: Mapping[str, Mapping[str, Any]],
+    folder: Path,
+    labels: Mapping,
+    tolerance: float | None = None,
+    executor: Executor | None = None,
 ) -> list[Score]:
-    """Segment cases with a bundle, write its label maps and score the classes that the dataset has.
+    """Segment cases with a bundle and score the classes that the dataset has; what the folder already has is not done again.
 
     Args:
         bundle: with weights.
         dataset_dir: nnU-Net raw dataset.
         cases: image and label paths by case.
-        label_maps: folder for one NIfTI file per case.
+        folder: for one NIfTI file and one CSV file per case.
         labels: the dataset's labels for channels that are called otherwise.
+        tolerance: of the normalised surface Dice, mm; None measures Dice and volumes only.
+        executor: measures while the next case is segmented.
     """
     import nibabel
 
-    channels = _matched_channels(bundle, dataset_dir, labels)
+    channels = matched_channels(bundle, dataset_dir, labels)
     left_out = [label for label, values in channels.items() if values is None]
     if left_out:
         print(f"{bundle.name}: not scored, because the dataset does not have them: {', '.join(left_out)}")
-    label_maps.mkdir(parents=True)
-    scores = []
-    for name, prediction, reference, affine in segment(bundle, cases):
-        nibabel.save(nibabel.Nifti1Image(prediction, affine), label_maps / f"{name}.nii.gz")
-        millilitres = abs(np.linalg.det(affine[:3, :3])) / 1000
-        for channel, (label, values) in enumerate(channels.items(), start=1):
-            if values is None:
-                continue
-            predicted, truth = prediction == channel, np.isin(reference, values)
-            volumes = np.sum(truth) * millilitres, np.sum(predicted) * millilitres
-            scores.append(
-                Score(
-                    bundle.name, name, label, round(dice(predicted, truth), 6), *(round(float(v), 4) for v in volumes)
-                )
-            )
-    return scores
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def score(name: str) -> Future | None:
+        facts = (bundle.name, name, folder / f"{name}.nii.gz", cases[name]["label"], channels, tolerance)
+        return executor.submit(_score_case, *facts) if executor else _score_case(*facts)
+
+    to_segment = {name: case for name, case in cases.items() if not _made(folder / f"{name}.nii.gz", case["image"])}
+    to_score = [name for name in cases if name not in to_segment and not _made(folder / f"{name}.csv", cases[name])]
+    if len(cases) > len(to_segment):
+        print(f"{bundle.name}: goes on, {len(cases) - len(to_segment)} of {len(cases)} cases were segmented before")
+    scored = [score(name) for name in to_score]
+    for name, prediction, affine in segment(bundle, to_segment) if to_segment else ():
+        partial = folder / f".{name}.nii.gz"
+        nibabel.save(nibabel.Nifti1Image(prediction, affine), partial)
+        partial.replace(folder / f"{name}.nii.gz")
+        scored.append(score(name))
+    for future in tqdm(filter(None, scored), desc=f"{bundle.name}: scores", disable=None, leave=False):
+        future.result()
+    return [score for name in cases for score in read_scores(folder / f"{name}.csv")]
 
 
-def dice(predicted: np.ndarray, truth: np.ndarray) -> float:
-    """Dice similarity coefficient of two boolean masks; NaN when the reference ``truth`` is empty."""
-    return float(2 * np.sum(predicted & truth) / (predicted.sum() + truth.sum())) if truth.any() else float("nan")
+def _score_case(bundle: str, name: str, label_map: Path, *facts: Any) -> None:
+    write_scores(label_map.with_name(f"{name}.csv"), score_label_map(bundle, name, label_map, *facts))
 
 
-def segment(
-    bundle: Bundle, cases: Mapping[str, Mapping[str, Any]]
-) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
-    """Run a bundle's own preprocessing, inferer and postprocessing; yields case, prediction, reference and affine.
+def _calibration(
+    bundle: Bundle, dataset_dir: str | Path, cases: Mapping[str, Mapping[str, Any]], folder: Path, labels: Mapping
+) -> CalibrationSummary:
+    files = {name: folder / f"{name}.json" for name in cases}
+    missing = {name: case for name, case in cases.items() if not _made(files[name], case)}
+    if missing:
+        calibrate(bundle, missing, matched_channels(bundle, dataset_dir, labels), folder)
+    return summarise_calibration([read_json(file) for file in files.values()])
 
-    Prediction and reference are integer arrays ``(X, Y, Z)`` on the grid of the image file.
+
+def _made(path: Path, sources: Any) -> bool:
+    """Whether a file is there and was made after the image, images, or image and label that it is made from."""
+    if isinstance(sources, Mapping):
+        return all(_made(path, source) for source in sources.values())
+    files = [sources] if isinstance(sources, str) else sources
+    return path.is_file() and path.stat().st_mtime >= max(Path(file).stat().st_mtime for file in files)
+
+
+def _key(bundle: Bundle, dataset_dir: str | Path, labels: Mapping, tolerance: float) -> str:
+    """The name of a folder for what a bundle, as it is now, makes of a dataset with these settings."""
+    facts = [file_sha256(bundle.model_file), bundle.inference, bundle.label_map]
+    facts += [str(Path(dataset_dir).resolve()), {str(k): v for k, v in labels.items()}, tolerance]
+    return f"{bundle.name}_{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]}"
+
+
+def _clear(partial: Path) -> None:
+    """Remove what was kept for the case that the evaluation is stopped, also with other settings, and nothing else."""
+    for folder in partial.glob(f"*_{'[0-9a-f]' * 16}"):
+        shutil.rmtree(folder)
+    with suppress(OSError):  # it holds something else
+        partial.rmdir()
+
+
+@contextmanager
+def _scoring_processes(workers: int) -> Iterator[Executor | None]:
+    """So many processes; with an error what they have not begun is dropped."""
+    if not workers:
+        yield None
+        return
+    executor = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread)
+    try:
+        yield executor
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _one_thread() -> None:
+    """A process that measures: of one thread, because there are several; the one that started it takes the interrupts."""
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def reference_bundles(bundles: Sequence[Bundle], against: Sequence[str]) -> dict[str, str]:
+    """For each label the name of the bundle that the others are compared with.
+
+    Args:
+        bundles: all of them.
+        against: names or paths of the reference bundles. If there are none, they are the specialists whose task vectors were
+            merged: a merged bundle records the starting point and the labels of each vector, a specialist its starting point.
 
     Raises:
-        UserError: the weights do not fit the bundle's network, or a label map is not on its image's grid.
+        UserError: one of ``against`` is not among the bundles, or two have the same label.
+    """
+    if against:
+        names = {str(b.path): b.name for b in bundles} | {b.name: b.name for b in bundles}
+        for path in against:
+            if path.rstrip("/") not in names:
+                raise UserError(f"--against {path}: not among the bundles{nearest(path, names)}")
+        chosen = [b for b in bundles if b.name in {names[path.rstrip("/")] for path in against}]
+    else:
+        merged = [b.metadata.get("lineage", {}) for b in bundles if "vectors" in b.metadata.get("lineage", {})]
+        tasks = [(m.get("pretrained_sha256"), v.get("labels")) for m in merged for v in m["vectors"]]
+        chosen = [b for b in bundles if (b.metadata.get("lineage", {}).get("pretrained_sha256"), b.labels) in tasks]
+        chosen = [b for b in chosen if "vectors" not in b.metadata["lineage"]]
+    owners = {label: [b.name for b in chosen if label in b.labels] for b in chosen for label in b.labels}
+    for label, names in owners.items():
+        if len(names) > 1:
+            which = f"{' and '.join(names)} have {label!r}: --against must say which one the others are compared with"
+            if against:
+                raise UserError(which)
+            print(which)
+    return {label: names[0] for label, names in owners.items() if len(names) == 1}
+
+
+def segment(bundle: Bundle, cases: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Run a bundle's own preprocessing, inferer and postprocessing; yields case, prediction and affine.
+
+    The prediction is an integer array ``(X, Y, Z)`` on the grid of the image file.
+
+    Raises:
+        UserError: the weights do not fit the bundle's network.
     """
     import torch
-    from monai.data import MetaTensor
-    from monai.transforms import Compose, EnsureChannelFirst, LoadImage
-    from tqdm import tqdm
 
     network = bundle.network().to(memory_format=torch.channels_last_3d)
-    device = next(network.parameters()).device
-    with bundle.code(), torch.inference_mode():
-        parser = bundle.parser()
-        parser["postprocessing"] = {
-            "_target_": "Compose",
-            "transforms": [
-                t for t in bundle.inference["postprocessing"]["transforms"] if "SaveImage" not in t["_target_"]
-            ],
-        }
-        inferer = parser.get_parsed_content("inferer")
-        preprocessing = parser.get_parsed_content("preprocessing")
-        postprocessing = parser.get_parsed_content("postprocessing")
-        load_label = Compose([LoadImage(), EnsureChannelFirst()])
+    with bundle.code():
+        segmenter = Segmenter(bundle)
         for name, case in tqdm(cases.items(), desc=bundle.name, disable=None, leave=False):
-            data = preprocessing({"image": case["image"]})
-            output = inferer(data["image"][None].to(device), network)[0]
-            data["pred"] = MetaTensor(output.cpu(), meta=getattr(output, "meta", data["image"].meta))
-            prediction = postprocessing(data)["pred"]
-            reference = load_label(case["label"])
-            same_grid = prediction.shape == reference.shape and np.allclose(
-                prediction.affine, reference.affine, atol=1e-3
-            )
-            if not same_grid:
-                raise UserError(f"case {name}: the label map is not on the grid of its image")
-            yield (
-                name,
-                np.asarray(prediction[0]).astype(np.uint8 if len(bundle.labels) < 256 else np.uint16),
-                np.asarray(reference[0]).round().astype(np.int32),
-                np.asarray(reference.affine),
-            )
-
-
-def summarise(scores: Sequence[Score]) -> dict[str, dict[str, float]]:
-    """Mean Dice over cases for each bundle and label, and the mean over labels; absent organs do not count."""
-    summary: dict[str, dict[str, float]] = {}
-    for score in scores:
-        summary.setdefault(score.bundle, {}).setdefault(score.label, [])
-        if not np.isnan(score.dice):
-            summary[score.bundle][score.label].append(score.dice)
-    for means in summary.values():
-        for label, values in means.items():
-            means[label] = float(np.mean(values)) if values else float("nan")
-        means["mean"] = float(np.nanmean(list(means.values())))
-    return summary
+            yield name, *segmenter(segmenter.load(case["image"]), network)
 
 
 def find_cases(dataset_dir: str | Path, part: str, split_file: str, fold: int) -> dict[str, dict]:
@@ -226,7 +306,7 @@ def find_cases(dataset_dir: str | Path, part: str, split_file: str, fold: int) -
     return {name: case for name, case in named.items() if case in wanted}
 
 
-def _matched_channels(bundle: Bundle, dataset_dir: str | Path, labels: Mapping) -> dict[str, list[int] | None]:
+def matched_channels(bundle: Bundle, dataset_dir: str | Path, labels: Mapping) -> dict[str, list[int] | None]:
     """The dataset's voxel values for each channel; None where it does not have them."""
     from tools.bundle_code.nnunet_data import label_values
 
@@ -265,7 +345,7 @@ def _draw(
     reference: dict[str, np.ndarray] = {}
     columns = {"reference": reference}
     for bundle in bundles:
-        channels = _matched_channels(bundle, dataset_dir, labels)
+        channels = matched_channels(bundle, dataset_dir, labels)
         label_map = np.asarray(nibabel.load(folder / "label_maps" / bundle.name / f"{name}.nii.gz").dataobj)
         columns[bundle.name] = {label: label_map == i for i, label in enumerate(channels, start=1)}
         reference |= {label: np.isin(truth, values) for label, values in channels.items() if values is not None}

@@ -101,7 +101,7 @@ def statistics(
 
 
 def fisher_information(
-    network: nn.Module, names: Sequence[str], patches: Sequence[Tensor]
+    network: nn.Module, names: Sequence[str], patches: Sequence[Tensor], precision: str = "bfloat16"
 ) -> tuple[dict[str, Tensor], float]:
     """The diagonal of the Fisher information of a network's own predictions, one patch being one observation.
 
@@ -112,6 +112,7 @@ def fisher_information(
         network: in evaluation mode, with 1 + C outputs.
         names: of parameters; others are left out.
         patches: (in, …) each.
+        precision: "float32", or "bfloat16" where the processor computes in it.
 
     Returns:
         By name, in units of the mean over all entries; and the trace (their sum) of one patch before that division.
@@ -130,7 +131,7 @@ def fisher_information(
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     for patch in tqdm(patches, desc="Fisher information", disable=None, leave=False):
-        with autocast(device):
+        with autocast(device, precision):
             output = full_size(network(patch[None].to(device)))
         output = (output[0] if isinstance(output, list | tuple) else output).float()
         margins = output[:, 1:] - output[:, :1]

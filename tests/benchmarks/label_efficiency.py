@@ -13,7 +13,6 @@ Learnable weight initialisation has no other images than those ten, and scratch 
 
 from __future__ import annotations
 
-import csv
 import json
 import random
 import statistics
@@ -28,6 +27,7 @@ import torch
 from tools.bundle import Bundle
 from tools.instantiate import set_values
 from tools.network import instantiate
+from tools.scores import read_scores
 
 ROOT = Path(__file__).parents[2]
 PRETRAINING = {"learning_rate": 0.003, "max_epochs": 5, "val_interval": 1, "patches_per_volume": 8}
@@ -162,10 +162,9 @@ def report(folder: Path, seeds: int, seconds: dict[str, float]) -> None:
     """results.md: Dice on the test cases for each starting point, label and seed."""
     dice: dict[str, dict[str, list[float]]] = {}
     for seed in range(seeds):
-        with (folder / f"evaluation_{seed}" / "dice.csv").open() as table:
-            for row in csv.DictReader(table):
-                labels = dice.setdefault(row["bundle"].rpartition("_")[0], {})
-                labels.setdefault(row["label"], [[] for _ in range(seeds)])[seed].append(float(row["dice"]))
+        for score in read_scores(folder / f"evaluation_{seed}" / "scores.csv"):
+            labels = dice.setdefault(score.bundle.rpartition("_")[0], {})
+            labels.setdefault(score.label, [[] for _ in range(seeds)])[seed].append(score.dice)
     names = list(next(iter(dice.values())))
     lines = [f"| starting point | {' | '.join(names)} | mean | each seed |", f"|{'---|' * (len(names) + 3)}"]
     for start, labels in dice.items():

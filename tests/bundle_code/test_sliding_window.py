@@ -41,7 +41,7 @@ SHAPES = {
     "exactly one window": ((16, 24, 16), (16, 24, 16), 0.5),
     "anisotropic windows and overlaps": ((40, 21, 30), (24, 16, 8), (0.5, 0.25, 0.6)),
     "the whole image along an axis": ((24, 24, 40), (16, 16, -1), 0.25),
-    "overlap of more than half": ((16, 40, 21), (8, 16, 16), 0.8),
+    "overlap of more than half": ((12, 24, 18), (8, 16, 16), 0.8),
     "no overlap": ((33, 16, 50), 16, 0.0),
 }
 

@@ -86,14 +86,25 @@ def test_the_papers_recipes(name):
     assert base["patch_size"] == [96, 96, 96]
 
 
+def test_the_overlays_for_wide_minima():
+    for overlay in ("sam", "asam", "swa", "ema"):
+        assert read("pretrain_amos", f"{overlay}.json") == read("pretrain_cui", f"{overlay}.json")
+    handlers = [handler["_target_"] for handler in read("pretrain_amos", "train.json")["train"]["handlers"]]
+    first, second = (handlers.index(f"scripts.{h}") for h in ("sharpness.SharpnessAware", "training.ClipGradients"))
+    assert first < second  # so that the gradient which is used is clipped
+    board = handlers.index("TensorBoardStatsHandler")
+    assert f"train#handlers#{board}#_disabled_" in read("pretrain_amos", "multi_gpu_train.json")
+
+
 def test_every_overlay_changes_something_that_exists():
     for name in BUNDLES:
         known = {**read(name, "inference.json")}
         if (ROOT / "bundles" / name / "configs" / "train.json").exists():
             known |= read(name, "train.json")
-        for overlay in ("stable.json", "sharp.json", "small.json"):
-            if (ROOT / "bundles" / name / "configs" / overlay).exists():
-                assert not set(read(name, overlay)) - set(known), (name, overlay)
+        for overlay in ("stable", "sharp", "small", "sam", "asam", "swa", "ema", "norm_budget"):
+            if (ROOT / "bundles" / name / "configs" / f"{overlay}.json").exists():
+                keys = {key.split("#")[0] for key in read(name, f"{overlay}.json")}
+                assert not keys - set(known), (name, overlay)
 
 
 def test_cui_labels_all_teeth_and_binary():

@@ -49,7 +49,7 @@ def test_orientations_and_formats_give_the_same_label_map_in_their_own_geometry(
         )
         nibabel.save(ras.as_reoriented(turn), images / f"{name}.nii.gz")
     volume = itk.image_from_array(np.ascontiguousarray(data.T))
-    volume.SetSpacing([4.0, 4.0, 4.0])
+    volume.SetSpacing([8.0, 8.0, 4.0])
     volume.SetDirection(np.diag([-1.0, -1.0, 1.0]))  # RAS voxels in ITK's LPS world
     volume.SetOrigin((ras.affine[:3, 3] * [-1, -1, 1]).tolist())
     itk.imwrite(volume, str(images / "mha.mha"))
@@ -82,7 +82,7 @@ def _write_dicom(itk, volume, folder):
     array, origin = itk.array_from_image(volume), np.array(volume.GetOrigin())
     for i in range(slices):
         flat = itk.image_from_array(np.ascontiguousarray(array[i : i + 1]).astype(np.int16))
-        flat.SetSpacing([4.0, 4.0, 4.0])
+        flat.SetSpacing(volume.GetSpacing())
         flat.SetDirection(volume.GetDirection())
         flat.SetOrigin(np.add(origin, [0, 0, 4.0 * i]).tolist())
         tags = flat.GetMetaDataDictionary()
@@ -151,7 +151,7 @@ def test_outputs_of_a_bundle_that_resamples_its_images(alone, ras, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(alone, copy)
     config = read_json(copy / "configs" / "inference.json")
-    spacing = {"_target_": "Spacingd", "keys": "image", "pixdim": [9.0, 9.0, 9.0], "mode": "bilinear"}
+    spacing = {"_target_": "Spacingd", "keys": "image", "pixdim": [12.0, 12.0, 9.0], "mode": "bilinear"}
     config["preprocessing"]["transforms"].insert(3, spacing)
     write_json(copy / "configs" / "inference.json", config)
     turn = nibabel.orientations.ornt_transform(
@@ -221,14 +221,15 @@ def test_real_files_of_other_formats(alone, real_data, tmp_path):
     """A DICOM series beside a DICOM segmentation, NRRD and MetaImage from real scanners."""
     import itk
 
+    few_windows = ("--patch_size", "[64, 64, 8]", "--overlap", 0)
     for folder in ("dicom_ct_3slice", "mha_ct_lung"):
-        infer(alone, real_data / "readers" / folder, tmp_path / folder)
+        infer(alone, real_data / "readers" / folder, tmp_path / folder, *few_windows)
     dicom = nibabel.load(next((tmp_path / "dicom_ct_3slice").glob("*.nii.gz")))
     assert dicom.shape == (512, 512, 3)
     assert len(list((tmp_path / "dicom_ct_3slice").glob("*.nii.gz"))) == 1
     source = itk.imread(str(next((real_data / "readers" / "mha_ct_lung").iterdir())))
     assert nibabel.load(next((tmp_path / "mha_ct_lung").glob("*.nii.gz"))).shape == tuple(itk.size(source))
-    infer(alone, real_data / "readers" / "nrrd_mr_breast" / "breast1_image.nrrd", tmp_path / "nrrd")
+    infer(alone, real_data / "readers" / "nrrd_mr_breast" / "breast1_image.nrrd", tmp_path / "nrrd", *few_windows)
     source = itk.imread(str(real_data / "readers" / "nrrd_mr_breast" / "breast1_image.nrrd"))
     assert nibabel.load(next((tmp_path / "nrrd").glob("*.nii.gz"))).shape == tuple(itk.size(source))
 

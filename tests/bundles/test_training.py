@@ -33,7 +33,7 @@ def checkpoint(folder):
     return torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
 
 
-EXTRA = ("--max_epochs", 4, "--frozen_epochs", 1, "--patches_per_volume", 6)
+EXTRA = ("--max_epochs", 4, "--frozen_epochs", 1, "--patches_per_volume", 6, "--norm_budget", 0.005)
 
 
 def test_training_keeps_the_best_model_as_plain_tensors(chain):
@@ -56,7 +56,7 @@ def test_fine_tuning_starts_from_the_starting_point_and_freezes_it_first(chain, 
     assert second["initial_lr"] == pytest.approx(10 * first["initial_lr"])
 
 
-def test_a_killed_run_resumes_and_ends_as_an_unbroken_one(fresh):
+def test_a_killed_run_resumes_and_ends_as_an_unbroken_one(chain, fresh):
     unbroken, broken = fresh("unbroken"), fresh("broken")
     train(unbroken, *EXTRA)
     words = ["--config_file", broken / "configs/train.json", "--bundle_root", broken, *EXTRA]
@@ -79,6 +79,9 @@ def test_a_killed_run_resumes_and_ends_as_an_unbroken_one(fresh):
     assert a["best"] == pytest.approx(b["best"], abs=1e-6)
     for name in a["network"]:
         torch.testing.assert_close(a["network"][name], b["network"][name], rtol=1e-5, atol=1e-6)
+    start = {name: tensor for name, tensor in Bundle(chain.pretrain).state().items() if not name.startswith("head.")}
+    moved = torch.cat([(a["network"][name] - tensor).flatten() for name, tensor in start.items()]).norm()
+    assert 0 < moved <= 0.00501 * torch.cat([tensor.flatten() for tensor in start.values()]).norm()
     again = train(broken, *EXTRA)  # finished: nothing left to do
     assert "resumed after epoch 4" in again.stdout + again.stderr
 
@@ -103,13 +106,17 @@ def test_evaluate_overlay_writes_dice_per_case(chain):
 
 
 def test_pretraining_with_each_of_the_papers_recipes_runs(chain, tmp_path):
-    for recipe, dropout in (("stable", 0.5), ("sharp", 0.0)):
-        folder = tmp_path / recipe
+    """And with sharpness-aware steps and averaged weights, which compose with them."""
+    for recipe, dropout in (("stable,sam,swa", 0.5), ("sharp,asam,ema", 0.0)):
+        folder = tmp_path / recipe.replace(",", "_")
         words = ["--bundle", ROOT / "bundles/pretrain_amos", "--dataset_dir", chain.dataset, "--output", folder]
         run("tools", "new_pretraining", *words, "--overlay", f"small,{recipe}")
-        extra = {**QUICK, "max_epochs": 1, "patches_per_volume": 3, "batch_size": 1}
+        extra = {**QUICK, "max_epochs": 1, "patches_per_volume": 2, "batch_size": 2}
         train(folder, *[word for key, value in extra.items() for word in (f"--{key}", value)])
         assert (folder / "models" / "model.pt").is_file()
+        average = checkpoint(folder)["average"]
+        model = torch.load(folder / "models" / "model.pt", weights_only=True)
+        assert all(torch.equal(tensor, average[f"module.{name}"]) for name, tensor in model.items())
         assert f'"dropout": {dropout}' in (folder / "configs/train.json").read_text()
 
 
