@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
@@ -159,3 +160,16 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("REAL_DATA_DIR is not set: it names a folder of real nnU-Net datasets")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def timm():
+    """timm, which imports torchvision; that of PyPI does not find its compiled operators beside a torch without CUDA."""
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = pytest.importorskip("timm", reason="timm is not installed; pip install timm", exc_type=ImportError)
+    yield module
+    del library

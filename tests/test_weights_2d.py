@@ -1,7 +1,6 @@
 """timm's names for MONAI's networks: against the transformers' equations written out by those names, and against timm itself."""
 
 import math
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -313,19 +312,6 @@ def test_reading(tmp_path):
     for name, message in (("cut", "cannot be read"), ("nan", "has NaN or infinite values"), ("none", "not found")):
         with pytest.raises(UserError, match=message):
             read_weights(tmp_path / f"{name}.safetensors")
-
-
-@pytest.fixture(scope="module")
-def timm():
-    """timm, which imports torchvision; that of PyPI does not find its compiled operators beside a torch without CUDA."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        module = pytest.importorskip("timm", reason="timm is not installed; pip install timm", exc_type=ImportError)
-    yield module
-    del library
 
 
 def peer(module):

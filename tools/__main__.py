@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import os
@@ -50,7 +51,10 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that unfinished output is removed
     try:
         command = getattr(importlib.import_module(f"tools.{name}"), name)
-        if not any(argument in ("-h", "--help") for argument in arguments):
+        if any(argument in ("-h", "--help") for argument in arguments):
+            # without what fire's own decorators leave on a function, which its help would list as a group of commands
+            command = functools.wraps(command, updated=())(lambda: None)
+        else:
             _check_flags(command, arguments[1:])
         import fire
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from tools.bundle import Bundle, read_json
 from tools.convert import write_conversion
 from tools.errors import UserError
 from tools.importers.conversion import Conversion
-from tools.inflation import Mode, depth_taps, inflate_weights, verify
+from tools.inflation import Mode, depth_taps, inflate_weights, inflate_window, verify, verify_window
 from tools.instantiate import patch_size as patch_size_of
 from tools.labels import parse_sources
 from tools.network import describe, instantiate, output_argument
@@ -29,10 +30,11 @@ if TYPE_CHECKING:
 
 TEMPLATE = "merged_inference"
 AXCODES = "SRA"  # depth first, so that slices are axial; their rows and columns as in RAS
+CHECKED = 128  # voxels in plane at most, on which networks with windows are checked: they are the same on more of them
 SPATIAL = ("img_size", "patch_size", "window_size")  # arguments of MONAI's networks with a number for each axis
 # arguments with a number, or one for each axis, for each level
 PER_LEVEL = ("kernel_size", "strides", "upsample_kernel_size", "up_kernel_size")
-NEW = "the file has none; a 3D network's own start"
+NEW = "the file has none; the network's own start"
 
 
 @SetParseFns(network_def=str, network_2d=str)
@@ -50,6 +52,8 @@ def inflate(
 
     On a volume of equal slices the 3D network gives on every slice what the 2D network gives on one. This is checked on noise in
     float64, and refused where it does not hold. Depth is the first axis: the bundle turns images so that slices are axial.
+    A bundle whose network sees windows of slices, bundles/pretrain_inflated or a copy of it, is copied with all that it has and
+    gets the weights to start from.
 
     Args:
         weights: of the 2D network: .safetensors, or .pth. Names of MONAI, of timm's ViT or Swin, or of a part of the network.
@@ -64,6 +68,16 @@ def inflate(
     mode = mode if isinstance(mode, str) else _numbers("mode", mode)
     depth_taps(1, mode)  # so that a wrong one is noticed here
     deep_def, source = _definition(network_def)
+    if "window" in deep_def:
+        if source is None or network_2d or labels is not None or patch_size is not None:
+            raise UserError(
+                "a network of windows is a bundle's, and takes its labels and patch_size from there: --network_def "
+                "bundles/pretrain_inflated, or what new_pretraining made of it, without --network_2d, --labels and --patch_size"
+            )
+        with complete_output(output, overwrite) as folder, source.code():
+            conversion = _fill(folder, source, Path(weights), deep_def, mode)
+        _report(output, conversion)
+        return
     flat_def = _definition(network_2d)[0] if network_2d else _twin(deep_def)
     names = _label_names(labels, deep_def, source)
     for definition in (deep_def, flat_def):
@@ -75,10 +89,48 @@ def inflate(
         conversion.labels = {name: [name] for name in names}
         conversion.scripts = source.path / "scripts" if source else SOURCE
         write_conversion(folder, "inflate", "2D weights, inflated", Path(weights), conversion)
+    _report(output, conversion)
+
+
+def _report(output: str, conversion: Conversion) -> None:
     print(
         f"{output}: {conversion.facts['tensors']} (docs/conversion.md); {len(conversion.left_out)} of the file left out"
     )
     print(f"on {conversion.facts['verified']}")
+
+
+def _fill(folder: Path, source: Bundle, path: Path, deep_def: Mapping, mode: Mode) -> Conversion:
+    """A copy of a bundle whose network sees windows, with weights: its start (models/pretrained), and for now its model."""
+    size = [*(min(side, CHECKED) for side in patch_size_of(source)[:2]), 3]
+    result = _inflated(path, deep_def, {**deep_def, "window": 1}, mode, size)
+    facts = _facts(result, mode)
+    slices = "any slices" if mode == "centre" else "equal slices"
+    conversion = Conversion(
+        template=str(source.path),
+        labels=read_json(source.path / "configs" / "train.json")["labels"],
+        tensors=result.tensors,
+        origins=result.origins,
+        left_out=result.found.left_out,
+        values={"use_pretrained": True},
+        scripts=source.path / "scripts",
+        metadata={
+            "name": f"{source.name}, from {path.stem}",
+            "copyright": f"{source.metadata['copyright']}; of the 2D weights, that of their authors",
+            "lineage": source.metadata.get("lineage", {}),
+        },
+        facts=facts
+        | {
+            "depth": "the network's last axis, which is axial; its windows are channels of the 2D network",
+            "verified": (
+                f"{'×'.join(map(str, size))} voxels of {slices} the output is the 2D network's within {result.error:.1e} of its "
+                "maximum"
+            ),
+        },
+    )
+    write_conversion(folder, "inflate", "2D weights, for windows of slices", path, conversion)
+    (folder / "models" / "pretrained").mkdir()
+    shutil.copyfile(folder / "models" / "model.pt", folder / "models" / "pretrained" / "model.pt")
+    return conversion
 
 
 @dataclass
@@ -113,10 +165,11 @@ def _inflated(path: Path, deep_def: Mapping, flat_def: Mapping, mode: Mode, size
     found = fit(read_weights(path), flat.state_dict(), channels, describe(flat_def).head, path)
     flat, start = flat.double().eval(), deep.state_dict(keep_vars=True)
     flat.load_state_dict({**flat.state_dict(), **found.tensors})
-    tensors, rules = inflate_weights(flat, deep, mode)
+    fill, check = (inflate_window, verify_window) if "window" in deep_def else (inflate_weights, verify)
+    tensors, rules = fill(flat, deep, mode)
     deep.load_state_dict(tensors, assign=True)
     deep.double().eval()
-    error = verify(flat, deep, channels, size, mode)
+    error = check(flat, deep, channels, size, mode)
     origins = {name: _origin(name, rule, found) for name, rule in rules.items()}
     single = {id(tensor): tensor.to(start[name].dtype) for name, tensor in tensors.items()}
     written = {
@@ -127,9 +180,9 @@ def _inflated(path: Path, deep_def: Mapping, flat_def: Mapping, mode: Mode, size
 
 def _conversion(result: Inflated, path: Path, deep_def: Mapping, mode: Mode, size: Sequence[int]) -> Conversion:
     """What the bundle will say, but for its labels and code."""
-    counts = Counter(origin.partition(":")[0] for origin in result.origins.values())
     shape = "×".join(map(str, size))
-    new = " (new tensors: inflated too, for this check)" if counts["new"] else ""
+    new = any(origin.startswith("new") for origin in result.origins.values())
+    new = " (new tensors: inflated too, for this check)" if new else ""
     channels = deep_def.get("in_channels", 1)
     return Conversion(
         template=TEMPLATE,
@@ -154,16 +207,24 @@ def _conversion(result: Inflated, path: Path, deep_def: Mapping, mode: Mode, siz
                 "Carreira and Zisserman, Quo Vadis, Action Recognition? A New Model and the Kinetics Dataset, CVPR 2017",
             ],
         },
-        facts={
-            "names": result.found.layout,
-            "mode": mode if isinstance(mode, str) else f"taps {', '.join(map(str, mode))}",
-            "tensors": ", ".join(f"{number} {rule}" for rule, number in sorted(counts.items())),
+        facts=_facts(result, mode)
+        | {
             "depth": "the network's first axis; images are turned so that slices are axial",
             "verified": (
                 f"{shape} voxels of equal slices the 3D output is the 2D one within {result.error:.1e} of its maximum{new}"
             ),
         },
     )
+
+
+def _facts(result: Inflated, mode: Mode) -> dict[str, str]:
+    """What was done to the file's tensors, in words."""
+    counts = Counter(origin.partition(":")[0] for origin in result.origins.values())
+    return {
+        "names": result.found.layout,
+        "mode": mode if isinstance(mode, str) else f"taps {', '.join(map(str, mode))}",
+        "tensors": ", ".join(f"{number} {rule}" for rule, number in sorted(counts.items())),
+    }
 
 
 def _origin(name: str, rule: str, found: Weights2D) -> str:

@@ -13,6 +13,8 @@ long as no layer notices where the volume ends. So each tensor has a rule of its
   weight or once with all of it;
 - everything that works on one place at a time is copied.
 
+A network whose window of slices are the channels of one image (``inflate_window``) needs but the first of these rules.
+
 The first axis, because MONAI's windowed attention looks up the relative positions of a map smaller than its window in the table
 of the whole window: that is right if only the first axis is smaller, and no other.
 """
@@ -189,6 +191,61 @@ def _places(merging: type[nn.Module], axes: int) -> list[int]:
     module = merging(dim=1, norm_layer=lambda channels: torch.nn.Identity(), spatial_dims=axes)
     module.reduction = torch.nn.Identity()
     return module(torch.arange(2**axes).view(1, *[2] * axes, 1)).flatten().tolist()
+
+
+def inflate_window(flat: nn.Module, deep: nn.Module, mode: Mode = "centre") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The weights of a 2D network for one that sees windows of slices as channels, such as ``WindowSegmenter``.
+
+    Only its patch embedding is larger: the kernel (O, C · window, k, k) is one of (O, C, window, k, k), which shares the 2D
+    kernel out along the depth like any other; see ``depth_taps``.
+
+    Args:
+        flat: the network with a window of one slice.
+        deep: the same with a longer one.
+        mode: as for ``inflate_weights``, which says what is returned.
+
+    Raises:
+        UserError: a tensor differs otherwise than by the window.
+    """
+    flat_state, tensors, rules = flat.state_dict(), {}, {}
+    for name, own in deep.state_dict().items():
+        tensor = flat_state[name]
+        tensors[name], rules[name] = tensor.double() if tensor.is_floating_point() else tensor, "copied"
+        if tensor.shape == own.shape:
+            continue
+        if tensor.dim() != 4 or own.shape != (len(tensor), tensor.shape[1] * deep.window, *tensor.shape[2:]):
+            raise UserError(f"tensor {name} is {tuple(tensor.shape)} for one slice and {tuple(own.shape)} for a window")
+        tensors[name] = _along_depth(tensor.double(), 2, depth_taps(deep.window, mode)).flatten(1, 2)
+        rules[name] = _word(deep.window, mode)
+    return tensors, rules
+
+
+def verify_window(flat: nn.Module, deep: nn.Module, channels: int, shape: Sequence[int], mode: Mode) -> float:
+    """How far the outputs for a volume of noise are from those of the 2D network, as a part of their largest value.
+
+    With the centre tap alone that holds for any volume, else for one of equal slices.
+
+    Args:
+        flat: the 2D network in float64, in evaluation mode.
+        deep: the one with a window, likewise.
+        channels: of the image.
+        shape: of the volume, depth last.
+        mode: how the kernel was shared out.
+
+    Raises:
+        UserError: it is more than rounding.
+    """
+    import torch
+
+    volume = torch.randn(1, channels, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    if mode != "centre":
+        volume = volume[..., :1].expand_as(volume)
+    with torch.inference_mode():
+        expected, found = flat(volume), deep(volume)
+    error = float((found - expected).abs().max() / expected.abs().max())
+    if not error <= TOLERANCE:
+        raise UserError(f"the network with a window differs from the 2D one by {error:.2g} of its largest value")
+    return error
 
 
 def deviations(flat: nn.Module, deep: nn.Module, channels: int, shape: Sequence[int]) -> list[list[float]]:

@@ -1,4 +1,4 @@
-"""Files of 2D weights for a 2D network of MONAI: timm's names become MONAI's, colour becomes grey, patches another size.
+"""Files of 2D weights for a 2D network: timm's names become MONAI's, colour becomes grey, patches another size.
 
 The file may hold a part of the network, such as an encoder; where it belongs is found by its names. timm is not needed.
 """
@@ -6,7 +6,7 @@ The file may hold a part of the network, such as an encoder; where it belongs is
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isqrt
 from pathlib import Path
@@ -36,8 +36,10 @@ SWIN = {
 SWIN_OF_ITS_AUTHORS = SWIN | {  # who count a merging to the stage before it, timm to the one after
     r"layers\.(\d+)\.downsample\.": lambda match: f"layers{int(match[1]) + 1}.0.downsample.",
 }
+CLASS_TOKEN = "cls_token"
 WITHOUT_PLACE = {  # of timm's models
-    r"cls_token|dist_token|reg_token": "a network that segments has no such token",
+    CLASS_TOKEN: "the network has no such token",
+    r"dist_token|reg_token": "a network that segments has no such token",
     r"(head|head_dist|fc_norm|head_drop)\.": "classifies images",
     r".*(relative_position_index|attn_mask)$": "follows from the size of the windows",
 }
@@ -101,7 +103,10 @@ def fit(
     Raises:
         UserError: the file is of another network.
     """
-    layout, renames, without_place = _layout(weights, path)
+    layout, renames, without_place = _layout(weights, expected, path)
+    if any(name.endswith(CLASS_TOKEN) for name in expected):
+        without_place = {pattern: why for pattern, why in without_place.items() if pattern != CLASS_TOKEN}
+        weights = _with_placed_token(weights, path) if renames is VIT else weights
     fitted = Weights2D({}, {}, layout=layout)
     named: dict[str, str] = {}
     for name in weights:
@@ -143,8 +148,14 @@ def fit(
     return fitted
 
 
-def _layout(weights: Mapping[str, Tensor], path: Path) -> tuple[str, dict, dict[str, str]]:
-    """Whose names the tensors have, how they become MONAI's, and which have no place there."""
+def _layout(
+    weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path
+) -> tuple[str, dict, dict[str, str]]:
+    """Whose names the tensors have, how they become the network's, and which have no place there."""
+    if "patch_embed.proj.weight" in weights and any(
+        name.endswith("model.patch_embed.proj.weight") for name in expected
+    ):
+        return "timm's, like the network's", {}, WITHOUT_PLACE
     if "patch_embed.proj.weight" in weights and "blocks.0.attn.qkv.weight" in weights:
         for name in ("blocks.0.gamma_1", "blocks.0.ls1.gamma", "blocks.0.attn.relative_position_bias_table"):
             if name in weights:
@@ -158,6 +169,17 @@ def _layout(weights: Mapping[str, Tensor], path: Path) -> tuple[str, dict, dict[
             return "Swin's authors'", SWIN_OF_ITS_AUTHORS, WITHOUT_PLACE_IN_SWIN
         return "timm's Swin", SWIN, WITHOUT_PLACE_IN_SWIN
     return "those of the network", {}, {}
+
+
+def _with_placed_token(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """timm's weights with the position of the class token added to it, for a network whose token has none."""
+    if CLASS_TOKEN not in weights:
+        raise UserError(
+            f"{path} has no {CLASS_TOKEN}, so that the network must have none: class_token false in network_def"
+        )
+    positions = weights["pos_embed"]
+    own = isqrt(positions.shape[1]) ** 2 != positions.shape[1]
+    return {**weights, CLASS_TOKEN: weights[CLASS_TOKEN] + positions[:, :1]} if own else dict(weights)
 
 
 def _renamed(name: str, renames: Mapping) -> str:
@@ -201,7 +223,20 @@ def _reshaped(ours: str, tensor: Tensor, expected: Tensor, channels: int) -> tup
             )
     if ours.endswith("position_embeddings") and tensor.dim() == 3 and tensor.shape != expected.shape:
         tensor, changes = _resized(tensor, expected.shape[1])
+    if ours.endswith("relative_position_bias_table") and tensor.shape != expected.shape:
+        tensor, changes = _resized_table(tensor, expected.shape)
     return tensor, changes
+
+
+def _resized_table(table: Tensor, shape: Sequence[int]) -> tuple[Tensor, list[str]]:
+    """BEiT's relative positions, (2n - 1)² + 3 rows of which 3 are the class token's, for n × n tokens of another number."""
+    sides = [(isqrt(max(rows - 3, 0)) + 1) // 2 for rows in (len(table), shape[0])]
+    if any((2 * side - 1) ** 2 + 3 != rows for side, rows in zip(sides, (len(table), shape[0]))):
+        return table, []
+    from timm.layers import resize_rel_pos_bias_table  # a network with such a table is timm's
+
+    resized = resize_rel_pos_bias_table(table, (sides[1], sides[1]), tuple(shape))
+    return resized, [f"{sides[0]} × {sides[0]} resized to {sides[1]} × {sides[1]}"]
 
 
 def _resized(positions: Tensor, tokens: int) -> tuple[Tensor, list[str]]:

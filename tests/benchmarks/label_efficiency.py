@@ -70,28 +70,28 @@ def label_efficiency(
     chosen = objectives.split(",") if isinstance(objectives, str) else list(objectives)
     folder, dataset = Path(output).resolve(), Path(dataset_dir).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    images = _split(dataset, folder, same_images)
+    images = split_cases(dataset, folder, same_images)
     seconds: dict[str, float] = {}
     for objective in chosen:
         _start(folder / objective, objective, images)
-        seconds[objective] = _train(folder / objective, PRETRAINING)
+        seconds[objective] = train(folder / objective, PRETRAINING)
     for seed in range(seeds):
         starts = {"scratch": _untrained(folder, seed, chosen[0], images), **{name: folder / name for name in chosen}}
         for name, start in starts.items():
             specialist = folder / f"{name}_{seed}"
             words = ["new_task", "--pretrained", start, "--dataset_dir", dataset, "--task", "hippocampus"]
-            _tools(specialist, *words, "--labels", labels, "--overlay", "small")
+            run_tool(specialist, *words, "--labels", labels, "--overlay", "small")
             own = {"split_file": folder / "split.json", "seed": seed}
             if same_images and name == "scratch":
                 own["max_epochs"] = FINE_TUNING["max_epochs"] + AS_LONG
-            seconds[specialist.name] = _train(specialist, FINE_TUNING | own)
+            seconds[specialist.name] = train(specialist, FINE_TUNING | own)
         bundles = ",".join(str(folder / f"{name}_{seed}") for name in starts)
         words = ["evaluate", "--bundle", bundles, "--dataset_dir", dataset, "--part", "Ts", "--overlays", "False"]
-        _tools(folder / f"evaluation_{seed}", *words)
-        _report(folder, seed + 1, seconds)
+        run_tool(folder / f"evaluation_{seed}", *words)
+        report(folder, seed + 1, seconds)
 
 
-def _split(dataset: Path, folder: Path, same_images: bool) -> Path:
+def split_cases(dataset: Path, folder: Path, same_images: bool) -> Path:
     """Write split.json, and links to the images to pre-train on."""
     names = sorted(path.name.removesuffix(".nii.gz") for path in (dataset / "labelsTr").glob("*.nii.gz"))
     tested = {path.name.removesuffix(".nii.gz") for path in (dataset / "labelsTs").glob("*.nii.gz")}
@@ -116,7 +116,7 @@ def _start(output: Path, objective: str, images: Path) -> None:
     bundle, overlay, values = OBJECTIVES[objective]
     if not output.exists():
         words = ["new_pretraining", "--bundle", ROOT / "bundles" / bundle, "--dataset_dir", images]
-        _tools(output, *words, "--overlay", overlay, "--patch_size", 32)
+        run_tool(output, *words, "--overlay", overlay, "--patch_size", 32)
         set_values(output, values)
 
 
@@ -136,13 +136,13 @@ def random_weights(folder: Path, seed: int) -> None:
         torch.save(instantiate(bundle.network_def(), ("cpu",)).state_dict(), bundle.model_file)
 
 
-def _tools(output: Path, *words: object) -> None:
+def run_tool(output: Path, *words: object) -> None:
     """One of the project's commands, unless its output is there."""
     if not output.exists():
         _run("tools", *words, "--output", output)
 
 
-def _train(bundle: Path, settings: dict) -> float:
+def train(bundle: Path, settings: dict) -> float:
     """Train a bundle, and give the seconds that it took; 0 if that is done already."""
     last = bundle / "checkpoints" / "last.pt"
     if last.is_file() and torch.load(last, weights_only=True)["epoch"] == settings["max_epochs"]:
@@ -158,7 +158,7 @@ def _run(*words: object) -> None:
     subprocess.run([sys.executable, "-m", *map(str, words)], cwd=ROOT, check=True)
 
 
-def _report(folder: Path, seeds: int, seconds: dict[str, float]) -> None:
+def report(folder: Path, seeds: int, seconds: dict[str, float]) -> None:
     """results.md: Dice on the test cases for each starting point, label and seed."""
     dice: dict[str, dict[str, list[float]]] = {}
     for seed in range(seeds):

@@ -7,10 +7,11 @@ import pytest
 import torch
 from monai.data import MetaTensor
 from monai.losses import DiceCELoss
+from monai.losses import DiceFocalLoss as MonaiDiceFocalLoss
 from scipy import ndimage
 
 from tests.conftest import ROOT
-from tools.bundle_code.losses import DeepSupervision, DiceBCELoss
+from tools.bundle_code.losses import DeepSupervision, DiceBCELoss, DiceFocalLoss
 
 
 def test_published_loss_is_soft_dice_with_smoothing_one_plus_bce():
@@ -30,6 +31,20 @@ def test_background_channel_has_no_part():
     DiceBCELoss()(logits, torch.zeros(1, 1, 4, 4, 4)).backward()
     assert torch.count_nonzero(logits.grad[:, 0]) == 0
     assert torch.count_nonzero(logits.grad[:, 1:]) > 0
+
+
+def test_the_focal_loss_is_that_of_a_softmax():
+    """(1 - p)² · -log p of the true class, over voxels and classes, as MONAI averages; with soft Dice, background included."""
+    torch.manual_seed(0)
+    logits, target = torch.randn(2, 3, 4, 5, 6), torch.randint(0, 3, (2, 1, 4, 5, 6))
+    p = torch.softmax(logits, 1)
+    t = torch.nn.functional.one_hot(target[:, 0], 3).movedim(-1, 1).float()
+    axes = (2, 3, 4)
+    dice = 1 - (2 * (p * t).sum(axes) + 1e-5) / (p.sum(axes) + t.sum(axes) + 1e-5)
+    focal = (-((1 - p) ** 2) * torch.log(p) * t).mean()
+    torch.testing.assert_close(DiceFocalLoss()(logits, target), dice.mean() + focal)
+    stock = MonaiDiceFocalLoss(to_onehot_y=True, softmax=True)(logits, target)
+    assert abs(stock - dice.mean() - focal) > 0.01  # its focal term is of sigmoids
 
 
 def nnunet_loss(logits, target):

@@ -21,7 +21,7 @@ def read(name, config):
 
 
 def test_the_bundles_are_here():
-    names = ["amos", "cui", "genesis", "lwi", "stunet"]
+    names = ["amos", "cui", "genesis", "inflated", "lwi", "stunet"]
     expected = ["merged_inference", *(f"pretrain_{name}" for name in names), "taskvector_template"]
     assert expected == BUNDLES
 

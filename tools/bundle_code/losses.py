@@ -1,11 +1,11 @@
-"""Segmentation losses: Dice + binary cross-entropy of a canonical head, and deep supervision for any loss."""
+"""Segmentation losses: Dice + binary cross-entropy of a canonical head, Dice + focal loss, and deep supervision for any loss."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from monai.losses import DiceLoss
+from monai.losses import DiceLoss, FocalLoss
 from torch import Tensor, nn
 
 
@@ -38,6 +38,30 @@ class DiceBCELoss(nn.Module):
             present = target.flatten(2).amax(2)
             dice = (dice * present).sum() / present.sum().clamp(min=1)
         return dice.mean() + nn.functional.binary_cross_entropy_with_logits(logits, target)
+
+
+class DiceFocalLoss(nn.Module):
+    """Soft Dice plus focal loss, 1:1, both of softmax probabilities and with the background.
+
+    In MONAI's ``DiceFocalLoss`` ``softmax`` is for the Dice term alone: its focal term takes every class by itself, by sigmoids.
+
+    Args:
+        gamma: by what power voxels that are right already weigh less.
+
+    Shapes:
+        logits ``(N, C, ...)`` and a label map ``(N, 1, ...)`` with values 0..C-1, to a scalar.
+
+    Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017; the loss of TransSeg (ML4H 2022).
+    """
+
+    def __init__(self, gamma: float = 2.0) -> None:
+        super().__init__()
+        self.dice = DiceLoss(to_onehot_y=True, softmax=True)
+        self.focal = FocalLoss(to_onehot_y=True, use_softmax=True, gamma=gamma)
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        logits, target = _plain(logits), _plain(target)
+        return self.dice(logits, target) + self.focal(logits, target)
 
 
 class DeepSupervision(nn.Module):

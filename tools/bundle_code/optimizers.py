@@ -1,4 +1,4 @@
-"""Optimisers for a backbone and a head with settings of their own: AdamW with decay towards a starting point, and SGD."""
+"""Optimisers: AdamW with decay towards a starting point, SGD, and AdamW for transformers, with settings by part of a network."""
 
 from __future__ import annotations
 
@@ -63,6 +63,24 @@ def sgd(
         {"params": [parameters[name] for name in head if name in parameters], "lr": head_lr},
     ]
     return torch.optim.SGD(groups, momentum=momentum, nesterov=True, weight_decay=weight_decay)
+
+
+def adamw_of_transformers(network: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW with decay of matrices and kernels alone: not of biases, norms, scales, tokens and tables of positions.
+
+    Args:
+        network: its parameters are optimised.
+        lr: learning rate.
+        weight_decay: of what decays, per step multiplied by the learning rate.
+    """
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in network.named_parameters():
+        groups[parameter.dim() > 1 and not name.endswith(("token", "embeddings", "table", "pos_embed"))].append(
+            parameter
+        )
+    return torch.optim.AdamW(
+        [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}], lr=lr
+    )
 
 
 class AdamWToStart(torch.optim.AdamW):

@@ -1,0 +1,133 @@
+"""The images of a folder, whatever their format: NIfTI, NRRD, MetaImage files and DICOM series; and their resampling."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import itk
+import monai.transforms
+from monai.config import KeysCollection, PathLike
+from monai.data import ITKReader
+from monai.transforms import LoadImaged
+from monai.utils import ensure_tuple
+
+logger = logging.getLogger(__name__)
+
+FILE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
+NOT_IMAGES = ("SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "SR", "PR", "KO", "REG")
+
+
+def list_images(folder: PathLike, channels: int = 1) -> list[dict[str, Any]]:
+    """One entry per image: a file, a DICOM series (a folder), or the channel files of one case.
+
+    Args:
+        folder: a folder of images (its subfolders may be DICOM series), a DICOM series, an nnU-Net dataset (its imagesTs,
+            else its imagesTr is taken) or one image file.
+        channels: with more than one, files are grouped by case as nnU-Net names them: ``case_0000``, ``case_0001``, …
+
+    Raises:
+        FileNotFoundError: no image there, or a case without all its channels.
+    """
+    root = Path(folder)
+    if not root.exists():
+        raise FileNotFoundError(f"{root} not found: --dataset_dir must name a folder of images, or an image")
+    if root.is_file() or is_dicom_series(root):
+        return [{"image": str(root)}]
+    for part in ("imagesTs", "imagesTr"):
+        if (root / "dataset.json").is_file() and (root / part).is_dir() and any((root / part).iterdir()):
+            return list_images(root / part, channels)
+    files = sorted(p for p in root.iterdir() if p.name.endswith(FILE_ENDINGS) and not p.name.startswith("."))
+    series = sorted(p for p in root.iterdir() if p.is_dir() and is_dicom_series(p))
+    images = _group_channels(files, channels) if channels > 1 else [{"image": str(path)} for path in files]
+    images += [{"image": str(path)} for path in series]
+    if not images:
+        raise FileNotFoundError(f"no image in {root} (looked for {', '.join(FILE_ENDINGS)} and DICOM series)")
+    return images
+
+
+def _group_channels(files: list[Path], channels: int) -> list[dict[str, Any]]:
+    cases: dict[str, dict[int, str]] = {}
+    for path in files:
+        match = re.fullmatch(r"(.+)_(\d{4})(\..+)", path.name)
+        if match:
+            cases.setdefault(match[1], {})[int(match[2])] = str(path)
+    for name, found in cases.items():
+        if sorted(found) != list(range(channels)):
+            raise FileNotFoundError(f"case {name} has channels {sorted(found)}, the network needs 0 to {channels - 1}")
+    return [{"image": [found[channel] for channel in range(channels)]} for _, found in sorted(cases.items())]
+
+
+def is_dicom_series(folder: Path) -> bool:
+    """Whether a folder holds DICOM files: ``*.dcm``, or files that carry the DICOM mark."""
+    for path in sorted(folder.iterdir())[:3] if folder.is_dir() else ():
+        if path.is_file() and not path.name.endswith(FILE_ENDINGS):
+            with path.open("rb") as file:
+                if path.suffix.lower() == ".dcm" or file.read(132)[128:] == b"DICM":
+                    return True
+    return False
+
+
+def image_series(folder: Path) -> list[str]:
+    """The files, in slice order, of the largest image series of a folder; segmentations, structures and doses are not images.
+
+    Raises:
+        FileNotFoundError: there is no image series.
+    """
+    names = itk.GDCMSeriesFileNames.New()
+    names.SetUseSeriesDetails(True)
+    names.SetDirectory(str(folder))
+    series = [list(names.GetFileNames(uid)) for uid in names.GetSeriesUIDs()]
+    series = sorted((files for files in series if _modality(files[0]) not in NOT_IMAGES), key=len)
+    if not series:
+        raise FileNotFoundError(f"no DICOM image series in {folder}")
+    if len(series) > 1:
+        logger.warning(f"{folder} holds {len(series)} image series; the largest, {len(series[-1])} slices, is read")
+    return series[-1]
+
+
+def _modality(path: str) -> str:
+    reader = itk.GDCMImageIO.New(FileName=path)
+    reader.ReadImageInformation()
+    header = reader.GetMetaDataDictionary()
+    return header["0008|0060"].strip() if header.HasKey("0008|0060") else ""
+
+
+class DicomSeriesReader(ITKReader):
+    """MONAI's ITK reader for folders: reads the image series and passes over the other DICOM objects beside it."""
+
+    def verify_suffix(self, filename: Sequence[PathLike] | PathLike) -> bool:
+        return all(Path(name).is_dir() for name in ensure_tuple(filename))
+
+    def read(self, data: Sequence[PathLike] | PathLike, **kwargs: Any):
+        series = [itk.imread(image_series(Path(name)), **{**self.kwargs, **kwargs}) for name in ensure_tuple(data)]
+        return series if len(series) > 1 else series[0]
+
+
+class LoadImageOrSeriesd(LoadImaged):
+    """MONAI's ``LoadImaged``, with :class:`DicomSeriesReader` for folders; files are read as ``LoadImaged`` does."""
+
+    def __init__(self, keys: KeysCollection, **kwargs: Any) -> None:
+        super().__init__(keys, **kwargs)
+        self.register(DicomSeriesReader())
+
+
+class Spacingd(monai.transforms.Spacingd):
+    """MONAI's ``Spacingd``, for items that say more about an image than its metadata, such as MONAI Label's ``image_path``.
+
+    MONAI 1.6 takes every entry whose name begins with ``image_`` for metadata to be updated, and fails on one that is no
+    dictionary. Such entries are kept out of its sight.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:
+        others = {
+            name: value
+            for name, value in data.items()
+            if name not in self.keys
+            and not isinstance(value, dict)
+            and str(name).startswith(tuple(f"{key}_" for key in self.keys))
+        }
+        return super().__call__({name: value for name, value in data.items() if name not in others}, lazy) | others
