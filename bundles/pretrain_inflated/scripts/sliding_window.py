@@ -134,7 +134,7 @@ class SlidingWindow(Inferer):
         folded = Logits(size) if self.output == "logits" else LabelMap(folded_size, len(networks) > 1, plain.device)
         for number, context in enumerate(networks):
             with context as network:
-                pieces = self._finished(plain, network, *args, **kwargs)
+                pieces = self.pieces(plain, network, *args, **kwargs)
                 if smooth:
                     pieces = onto_image_grid(pieces, plain.shape[1:], sweep, size, to_network_grid, apart)
                 for box, logits in pieces:
@@ -161,8 +161,13 @@ class SlidingWindow(Inferer):
         roi = self._roi(image)
         return sorted(range(len(roi)), key=lambda axis: -image.shape[1 + axis] / roi[axis])
 
-    def _finished(self, image: Tensor, network: Network, *args: Any, **kwargs: Any) -> Iterator[tuple[Box, Tensor]]:
-        """Boxes that tile the image, each with its blended logits ``(d, h, w, C)``, when no later window touches it."""
+    def pieces(self, image: Tensor, network: Network, *args: Any, **kwargs: Any) -> Iterator[tuple[Box, Tensor]]:
+        """Boxes that tile an image ``(channels, D, H, W)``, each when no later window touches it.
+
+        Yields:
+            The box, and in it the blended logits ``(d, h, w, C)``, or probabilities where these are averaged; all zero where no
+            window was looked at.
+        """
         roi, sweep = self._roi(image), self._sweep(image)
         lacking = [max(side - length, 0) for side, length in zip(roi, image.shape[1:], strict=True)]
         before = [length // 2 for length in lacking]

@@ -1,4 +1,4 @@
-"""Ignite handlers that MONAI lacks: seeded epochs, reused memory, gradient clipping, a frozen start, resumable checkpoints."""
+"""Ignite handlers that MONAI lacks: seeded epochs, reused memory, clipped gradients, a frozen start, averages, resumable runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from ignite.handlers import ProgressBar
 from monai.data.utils import set_rnd
 from monai.engines import Evaluator, IterationEvents
 from monai.utils import set_determinism
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn, update_bn
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
 
@@ -106,6 +108,74 @@ class FreezeBackbone:
             parameter.grad = None
 
 
+class WeightAverage:
+    """Average the weights over the steps of a run; what is validated and kept as the model is the average.
+
+    - ``"swa"``: from ``start`` on, every step counts alike (stochastic weight averaging, Izmailov et al., "Averaging Weights
+      Leads to Wider Optima and Better Generalization", UAI 2018; over steps instead of epochs, as Cha et al., "SWAD",
+      NeurIPS 2021). The learning rate should not fall to zero meanwhile.
+    - ``"ema"``: exponential moving average, whose decay rises to ``decay`` as (1 + n) / (10 + n) with the n averaged steps, so
+      that the first weights of a short run are forgotten.
+
+    Running statistics of batch normalisation are measured anew for the average, on the training patches, before it is validated.
+
+    Args:
+        network: a plain module (not wrapped for distributed training), on the device where it is trained.
+        method: ``"swa"`` or ``"ema"``.
+        start: share of all steps before the average begins; until then it is the weights themselves. No model is kept before.
+        decay: of ``"ema"``.
+
+    Raises:
+        ValueError: another method.
+    """
+
+    def __init__(self, network: nn.Module, method: str, start: float = 0.0, decay: float = 0.999) -> None:
+        if method not in ("swa", "ema"):
+            raise ValueError(f"weights are averaged by 'swa' or 'ema', not by {method!r}")
+        self.network = network
+        self.start = start
+        self.model = AveragedModel(network, multi_avg_fn=_moving(decay) if method == "ema" else get_swa_multi_avg_fn())
+
+    def attach(self, engine: Engine, validator: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+        validator.add_event_handler(Events.STARTED, lambda _: self._measure_statistics(engine))
+        validator.add_event_handler(Events.STARTED, self._exchange)
+        validator.add_event_handler(Events.COMPLETED, self._exchange)
+
+    @property
+    def begun(self) -> bool:
+        """Whether the average is more than the weights of one step."""
+        return int(self.model.n_averaged) > 1
+
+    def __call__(self, engine: Engine) -> None:
+        if engine.state.iteration <= self.start * engine.state.max_epochs * engine.state.epoch_length:
+            self.model.n_averaged.zero_()
+        self.model.update_parameters(self.network)
+
+    def _measure_statistics(self, engine: Engine) -> None:
+        if self.begun:
+            batches = engine.state.dataloader
+            update_bn((engine.prepare_batch(batch, engine.state.device)[0] for batch in batches), self.model)
+
+    @torch.no_grad()
+    def _exchange(self, _: Engine) -> None:
+        """Average and weights change places, so that whoever holds the network sees the other."""
+        ours, theirs = (chain(n.parameters(), n.buffers()) for n in (self.model.module, self.network))
+        for average, weight in zip(ours, theirs, strict=True):
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
+
+
+def _moving(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
+    def update(averages: list[Tensor], weights: list[Tensor], count: Tensor) -> None:
+        share = 1 - min(decay, (1 + int(count)) / (10 + int(count)))
+        for average, weight in zip(averages, weights, strict=True):
+            average.lerp_(weight, share)
+
+    return update
+
+
 class ResumableCheckpoint:
     """Keep the best model and, after every epoch, all that a killed run needs to go on as if nothing had happened.
 
@@ -123,6 +193,7 @@ class ResumableCheckpoint:
         frozen_epochs: epochs whose models are not chosen, because the backbone is still that of the starting point.
         resume: go on from ``checkpoint_path`` when it exists.
         heads: modules beside the network that are trained with it; kept with the state of the run, and not in the model.
+        average: of the network's weights: it is attached, validated, kept as the model, and kept with the state of the run.
 
     Raises:
         ValueError: at the start, when the checkpoint is broken or of another network or optimiser.
@@ -139,10 +210,14 @@ class ResumableCheckpoint:
         frozen_epochs: int = 0,
         resume: bool = True,
         heads: nn.Module | None = None,
+        average: WeightAverage | None = None,
     ) -> None:
         self.parts = {"network": network, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
         if heads is not None:
             self.parts["heads"] = heads
+        if average is not None:
+            self.parts["average"] = average.model
+        self.average = average
         self.validator = validator
         self.model_path = Path(model_path)
         self.checkpoint_path = Path(checkpoint_path)
@@ -156,6 +231,8 @@ class ResumableCheckpoint:
         engine.add_event_handler(Events.STARTED, self.load)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
         self.validator.add_event_handler(Events.COMPLETED, self._note_validation)
+        if self.average is not None:
+            self.average.attach(engine, self.validator)
 
     def _note_validation(self, _: Engine) -> None:
         self.validated = True
@@ -183,11 +260,12 @@ class ResumableCheckpoint:
             metric = float(self.validator.state.metrics[self.validator.state.key_metric_name])
             score = None if math.isnan(metric) else metric
             self.validated = False
-        eligible = score is not None and engine.state.epoch > self.frozen_epochs
+        chosen_from = self.average is None or self.average.begun
+        eligible = score is not None and engine.state.epoch > self.frozen_epochs and chosen_from
         better = eligible and (self.best is None or score > self.best)
         if better or (self.best_epoch == 0 and engine.state.epoch == engine.state.max_epochs):
             self.best, self.best_epoch = score, engine.state.epoch
-            weights = self.parts["network"].state_dict()
+            weights = (self.parts["network"] if self.average is None else self.average.model.module).state_dict()
             self._write({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, self.model_path)
         state = {name: part.state_dict() for name, part in self.parts.items()}
         self._write(
