@@ -41,6 +41,7 @@ FINE_TUNING = {
     "patches_per_volume": 10,
     "warmup_steps": 20,
 }
+UNETR = {"learning_rate": 0.001, "head_learning_rate": 0.03}  # with those above it learns no organ in this time
 AS_LONG = 5  # epochs of 8 cases by 10 patches, at least the steps of pre-training: 5 epochs of 9 images by 8 patches
 OBJECTIVES = {  # bundle, overlays, and settings for 32³ voxels, which are as many as the crops of Dataset903_Hippocampus have
     "genesis": ("pretrain_genesis", "residual,small,mr", {}),
@@ -74,14 +75,15 @@ def label_efficiency(
     seconds: dict[str, float] = {}
     for objective in chosen:
         _start(folder / objective, objective, images)
-        seconds[objective] = train(folder / objective, PRETRAINING)
+        rate = UNETR if objective == "lwi" else PRETRAINING
+        seconds[objective] = train(folder / objective, {**PRETRAINING, "learning_rate": rate["learning_rate"]})
     for seed in range(seeds):
         starts = {"scratch": _untrained(folder, seed, chosen[0], images), **{name: folder / name for name in chosen}}
         for name, start in starts.items():
             specialist = folder / f"{name}_{seed}"
             words = ["new_task", "--pretrained", start, "--dataset_dir", dataset, "--task", "hippocampus"]
             run_tool(specialist, *words, "--labels", labels, "--overlay", "small")
-            own = {"split_file": folder / "split.json", "seed": seed}
+            own = {"split_file": folder / "split.json", "seed": seed, **(UNETR if chosen == ["lwi"] else {})}
             if same_images and name == "scratch":
                 own["max_epochs"] = FINE_TUNING["max_epochs"] + AS_LONG
             seconds[specialist.name] = train(specialist, FINE_TUNING | own)
