@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from tools.bundle import Bundle
 from tools.errors import UserError
-from tools.labels import check_channels, parse_sources
+from tools.labels import check_channels
 from tools.scans import choose_scans
 
 if TYPE_CHECKING:
@@ -108,23 +108,17 @@ def channel_values(bundle: Bundle, dataset_dir: str | Path, renamed: Mapping[str
     Raises:
         UserError: there are no labels, or a channel's are not among them.
     """
-    from tools.bundle_code.nnunet_data import label_values, read_labels
+    from tools.bundle_code.nnunet_data import read_labels
+    from tools.evaluate import matched_channels
 
-    values = []
-    for label, sources in bundle.label_map.items():
-        candidates = [parse_sources(renamed[label])] if label in renamed else [sources, [label]]
-        try:
-            known = read_labels(dataset_dir)
-        except (FileNotFoundError, ValueError) as error:
-            raise UserError(str(error)) from None
-        for candidate in candidates:
-            try:
-                values.append(label_values(dataset_dir, {label: candidate})[0])
-                break
-            except ValueError:
-                continue
-        else:
+    try:
+        known = read_labels(dataset_dir)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(str(error)) from None
+    matched = matched_channels(bundle, dataset_dir, renamed)
+    for label, values in matched.items():
+        if values is None:
             raise UserError(
                 f"{dataset_dir} has no label for {label!r} of {bundle.path}, but {', '.join(known)}; map it by --labels"
             )
-    return values
+    return list(matched.values())
