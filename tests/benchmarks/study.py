@@ -67,6 +67,8 @@ class Start:
 STARTS = {
     "stable": Start("pretrain_amos", "small", {"learning_rate": 4e-3, "dropout": 0.1}),
     "sharp": Start("pretrain_amos", "small", {"learning_rate": 4e-4, "dropout": 0.0, "batch_size": 2}),
+    "sam": Start("pretrain_amos", "small,sam", {"learning_rate": 4e-3, "dropout": 0.1}),
+    "swa": Start("pretrain_amos", "small,swa", {"learning_rate": 4e-3, "dropout": 0.1}),
     "scratch": Start("pretrain_amos", "small", learns=""),
     "genesis": Start("pretrain_genesis", "small,residual", {"learning_rate": 3e-3}, "images"),
     "mae": Start("pretrain_genesis", "small,residual,mae", {"learning_rate": 3e-3}, "images"),
@@ -106,7 +108,7 @@ def study(
     Args:
         dataset_dir: labelled nnU-Net raw datasets, separated by commas.
         output: folder of the runs.
-        starts: starting points: stable, sharp, scratch, genesis, mae, lwi.
+        starts: starting points: stable, sharp, sam, swa, scratch, genesis, mae, lwi.
         seeds: how many; each has its own split, pre-training and fine-tuning.
         tasks: dictionary of task names and labels; default: those of the study, or every label of another dataset.
         unseen: pre-train on the labels that belong to no task, so that all tasks are new to the starting point.
@@ -183,7 +185,7 @@ def _starting_point(
     steps: Steps, folder: Path, cohorts: Cohorts, wanted: Mapping[str, list], start: Start, seed: int, size: Size
 ) -> Path:
     """Make a starting point's bundle and train it, or give it random weights."""
-    bundle = folder / "start"
+    bundle = folder / folder.name
     setup: dict[str, object] = {"bundle": ROOT / "bundles" / start.bundle, "overlay": start.overlay}
     split = cohorts.splits / ("finetune.json" if start.learns == "own images" else "pretrain.json")
     cases = json.loads(split.read_text())[0]["train"]
@@ -208,6 +210,10 @@ def _starting_point(
     if start.learns == "labels":
         overrides["split_file"] = split
     steps.run("pretrain", train(bundle, **overrides), bundle / "models" / "model.pt", ["pretrain_setup"])
+    if start.learns == "labels":
+        scans = {"dataset_dir": cohorts.pretrain, "part": "val", "split_file": split, "patch_size": 32, "seed": seed}
+        flatness = tools("flatness", bundle=bundle, **scans, output=folder / "flatness")
+        steps.run("flatness", flatness, folder / "flatness", ["pretrain"])
     return bundle
 
 
@@ -247,42 +253,63 @@ def _images(dataset: Path, cases: Sequence[str], folder: Path) -> Path:
 
 
 def _report(folder: Path, datasets: Sequence[str], starts: Sequence[str], seeds: int) -> None:
-    """results.md: for each dataset a table of mean Dice by merge method and starting point."""
+    """results.md: for each dataset, mean Dice by merge method and starting point, and how flat the starting points are."""
     lines = [
         "Mean Dice over tasks on test patients, mean ± standard deviation over seeds; in brackets the normalized accuracy",
         "(mean over tasks of merged ÷ specialist).",
         "",
     ]
     for dataset in datasets:
-        cells: dict[str, dict[str, list[tuple[float, float]]]] = {}
+        merges: dict[str, dict[str, list]] = {}
         for start in starts:
             for seed in range(seeds):
-                path = folder / dataset / f"seed_{seed}" / start / "compare" / "results.json"
-                rows = read_json(path) if path.is_file() else []
-                own = rows[0]["dice"] if rows else {}
-                for row in rows:
-                    dice = float(np.mean([row["dice"][task] for task in own]))
-                    share = float(np.mean([row["dice"][task] / max(own[task], 1e-6) for task in own]))
-                    cells.setdefault(row["title"], {}).setdefault(start, []).append((dice, share))
-        done = {start: max((len(row.get(start, [])) for row in cells.values()), default=0) for start in starts}
+                run = folder / dataset / f"seed_{seed}" / start
+                for title, values in [*_merges(run), *_flatness(run)]:
+                    merges.setdefault(title, {}).setdefault(start, []).append(values)
+        done = {start: len(merges.get("average", {}).get(start, [])) for start in starts}
         lines += [f"**{dataset}**", ""]
-        lines += ["| | " + " | ".join(f"{start} ({done[start]} seeds)" for start in starts) + " |"]
+        lines += ["| | " + " | ".join(f"{start} (seeds: {done[start]})" for start in starts) + " |"]
         lines += ["|---" * (1 + len(starts)) + "|"]
-        lines += [
-            f"| {title} | " + " | ".join(_cell(row.get(start, [])) for start in starts) + " |"
-            for title, row in cells.items()
-        ]
+        for title, row in merges.items():
+            lines.append(f"| {title} | " + " | ".join(_cell(row.get(start, [])) for start in starts) + " |")
         lines.append("")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.md").write_text("\n".join(lines))
 
 
-def _cell(values: Sequence[tuple[float, float]]) -> str:
+def _merges(run: Path) -> list[tuple[str, tuple[float, ...]]]:
+    """For each row of ``compare`` its mean Dice, and the normalized accuracy but for the specialists."""
+    path = run / "compare" / "results.json"
+    if not path.is_file():
+        return []
+    results = read_json(path)
+    shares = {title: (share["mean"],) for title, share in results["normalized_accuracy"].items()}
+    return [
+        (title, (summary["mean"]["dice"]["mean"], *shares.get(title, ())))
+        for title, summary in results["bundles"].items()
+    ]
+
+
+def _flatness(run: Path) -> list[tuple[str, tuple[float, ...]]]:
+    """What ``flatness`` measured of the starting point."""
+    path = run / "flatness" / "flatness.json"
+    if not path.is_file():
+        return []
+    (measured,) = read_json(path)["bundles"].values()
+    rises = [
+        (f"loss rises, weights moved by {noise['relative']:g}", noise["mean"] - measured["loss"])
+        for noise in measured["noise"]
+    ]
+    top = ("top Hessian eigenvalue, relative", measured["hessian_top_relative"])
+    return [(f"starting point: {title}", (value,)) for title, value in (*rises[-2:], top)]
+
+
+def _cell(values: Sequence[tuple[float, ...]]) -> str:
     if not values:
         return ""
-    dice, shares = np.array(values).T
-    spread = f" ± {dice.std(ddof=1):.3f}" if len(values) > 1 else ""
-    return f"{dice.mean():.3f}{spread} ({shares.mean():.2f})"
+    value, *share = np.array(values).T
+    spread = f" ± {value.std(ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{value.mean():.3f}{spread}" + (f" ({share[0].mean():.2f})" if share else "")
 
 
 def _words(value: object) -> str:
