@@ -291,6 +291,12 @@ def test_a_network_that_has_segmented_can_be_trained():
     assert network.head.weight.grad.any()
 
 
+def test_a_network_made_in_inference_mode_segments_within_it():
+    with torch.inference_mode():
+        network = ResidualUNet3D(out_channels=2, width=8).eval()
+        assert SlidingWindow(16)(image(16, 16, 16), network).shape == (1, 1, 16, 16, 16)
+
+
 def test_smooth_labels_need_the_images_geometry(network):
     inferer = SlidingWindow(16, output="smooth_labels")
     with pytest.raises(ValueError, match="a MetaTensor from LoadImaged"):

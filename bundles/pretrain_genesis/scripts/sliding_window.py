@@ -103,7 +103,8 @@ class SlidingWindow(Inferer):
 
     def __call__(self, inputs: Tensor, network: nn.Module | Network, *args: Any, **kwargs: Any) -> Tensor:
         if isinstance(network, nn.Module):  # servers take network_def, whose kernels are in the other format
-            with torch.inference_mode(False):  # within it the new weights could never be trained again
+            made_for_inference = any(weight.is_inference() for weight in network.parameters())
+            with torch.inference_mode(made_for_inference):  # weights that can be trained stay such
                 network.to(memory_format=torch.channels_last_3d)
         return self.stack(inputs, [nullcontext(network)], *args, **kwargs)
 
