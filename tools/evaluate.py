@@ -307,24 +307,34 @@ def find_cases(dataset_dir: str | Path, part: str, split_file: str, fold: int) -
 
 
 def matched_channels(bundle: Bundle, dataset_dir: str | Path, labels: Mapping) -> dict[str, list[int] | None]:
-    """The dataset's voxel values for each channel; None where it does not have them."""
-    from tools.bundle_code.nnunet_data import label_values
+    """The dataset's voxel values for each channel; None where it does not have them.
 
-    matched: dict[str, list[int] | None] = {}
-    for label, sources in bundle.label_map.items():
-        candidates = [parse_sources(labels[label])] if label in labels else [sources, [label]]
-        matched[label] = None
-        for candidate in candidates:
-            try:
-                matched[label] = label_values(dataset_dir, {label: candidate})[0]
-                break
-            except ValueError:
-                continue
+    Raises:
+        UserError: it has none of them.
+    """
+    matched = found_channels(bundle, dataset_dir, labels)
     if all(values is None for values in matched.values()):
         raise UserError(
             f"{dataset_dir} has none of the labels of {bundle.path} ({', '.join(matched)}); map them by --labels"
         )
     return matched
+
+
+def found_channels(bundle: Bundle, dataset_dir: str | Path, labels: Mapping) -> dict[str, list[int] | None]:
+    """The same, also of a dataset that has none of the labels."""
+    from tools.bundle_code.nnunet_data import label_values
+
+    found: dict[str, list[int] | None] = {}
+    for label, sources in bundle.label_map.items():
+        candidates = [parse_sources(labels[label])] if label in labels else [sources, [label]]
+        found[label] = None
+        for candidate in candidates:
+            try:
+                found[label] = label_values(dataset_dir, {label: candidate})[0]
+                break
+            except ValueError:
+                continue
+    return found
 
 
 def _draw(

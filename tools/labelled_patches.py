@@ -109,16 +109,16 @@ def channel_values(bundle: Bundle, dataset_dir: str | Path, renamed: Mapping[str
         UserError: there are no labels, or a channel's are not among them.
     """
     from tools.bundle_code.nnunet_data import read_labels
-    from tools.evaluate import matched_channels
+    from tools.evaluate import found_channels
 
     try:
         known = read_labels(dataset_dir)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from None
-    matched = matched_channels(bundle, dataset_dir, renamed)
-    for label, values in matched.items():
+    found = found_channels(bundle, dataset_dir, renamed)
+    for label, values in found.items():
         if values is None:
             raise UserError(
                 f"{dataset_dir} has no label for {label!r} of {bundle.path}, but {', '.join(known)}; map it by --labels"
             )
-    return list(matched.values())
+    return list(found.values())
