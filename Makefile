@@ -28,7 +28,8 @@ bench: .venv/ready .venv-mergekit/ready .venv-nnunet/ready  ## speed, as ratios 
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 
 study: .venv/ready  ## what a merge costs by starting point, method and seed: DATASETS=<nnU-Net datasets, separated by commas>
-	$(BIN)/python -m tests.benchmarks.study --dataset_dir $(DATASETS) $(ARGS)
+	@$(if $(DATASETS),,echo "error: DATASETS is missing: make study DATASETS=<nnU-Net datasets, separated by commas>"; exit 1)
+	$(BIN)/python -m tests.benchmarks.study --dataset_dir "$(DATASETS)" $(ARGS)
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -24,6 +24,7 @@ from tools.landscape import (
     on_line,
     top_eigenvalue,
 )
+from tools.merge import split_paths
 from tools.output import complete_output
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def flatness(
         UserError: no bundle is named, labels or weights are missing, or the bundles of a line or plane have different networks.
     """
     sides, corners = _two_or_three(between, 2, "between"), _two_or_three(plane, 3, "plane")
-    measured = _paths(bundle)
+    measured = split_paths(bundle)
     bundles = {path: Bundle(path) for path in dict.fromkeys([*measured, *sides, *corners])}
     if not bundles:
         raise UserError("name bundles to measure: --bundle, --between or --plane")
@@ -94,7 +95,7 @@ def flatness(
         raise UserError("the bundles' folders must have different names")
     _check_same_network([bundles[path] for path in sides])
     _check_same_network([bundles[path] for path in corners])
-    levels = [float(level) for level in str(noise).split(",")] if isinstance(noise, str | int | float) else [*noise]
+    levels = [float(level) for level in split_paths(noise)]
     with complete_output(output, overwrite, sign="flatness.json") as folder:
         labelled = {path: b for path, b in bundles.items() if path in {*measured, *sides, *corners[1:]}}
         first = next(iter(bundles.values()))
@@ -332,14 +333,8 @@ def _with_head(surface: Surface) -> Surface:
     return Surface(surface.network, surface.loss, surface.batches, moved, surface.columns)
 
 
-def _paths(bundles: object) -> list[str]:
-    """Folders, as fire gives them: text with commas, or a tuple."""
-    words = bundles if isinstance(bundles, tuple | list) else str(bundles).split(",")
-    return [str(word).strip() for word in words if str(word).strip()]
-
-
 def _two_or_three(bundles: object, count: int, flag: str) -> list[str]:
-    paths = _paths(bundles)
+    paths = split_paths(bundles)
     if paths and (len(paths) != count or len(set(paths)) != count):
         raise UserError(f"--{flag} takes {count} different bundles, separated by commas, not {len(paths)}")
     return paths

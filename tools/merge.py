@@ -306,7 +306,7 @@ def _stack_labels(paths: Sequence[str], vectors: Sequence[TaskVector]) -> dict[s
 
 def split_paths(words: Any) -> list[str]:
     """A list from the command line, with commas or without."""
-    items = words.split(",") if isinstance(words, str) else [str(word) for word in words]
+    items = str(words).split(",") if isinstance(words, str | int | float) else [str(word) for word in words]
     return [item.strip() for item in items if item.strip()]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 from tests.benchmarks.label_efficiency import random_weights
 from tools.bundle import read_json
 from tools.demo import Cohorts, Steps, real_cohorts, slug, tools, train
+from tools.errors import UserError, nearest
 from tools.instantiate import set_values
 from tools.labels import parse_channels
 from tools.merge import split_paths
@@ -119,19 +121,19 @@ def study(
         finetune_steps: of each task, frozen epochs included.
         scales: λ to choose from.
     """
-    size = Size(width, patch_size, batch_size, pretrain_steps, finetune_steps, _words(scales), unseen)
+    scales = ",".join(split_paths(scales))
+    size = Size(width, patch_size, batch_size, pretrain_steps, finetune_steps, scales, unseen)
     folder = Path(output)
-    chosen = [name.strip() for name in _words(starts).split(",")]
+    chosen = split_paths(starts)
     for name in chosen:
         if name not in STARTS:
-            raise SystemExit(f"no starting point {name!r}; there are {', '.join(STARTS)}")
-    datasets = [Path(path) for path in split_paths(dataset_dir)]
+            raise UserError(f"no starting point {name!r}{nearest(name, STARTS)}; there are {', '.join(STARTS)}")
+    wanted = {path: _tasks(tasks, path) for path in map(Path, split_paths(dataset_dir))}
     for seed in range(seeds):
-        for dataset in datasets:
-            wanted = _tasks(tasks, dataset)
+        for dataset, labels in wanted.items():
             for name in chosen:
-                _one(folder / dataset.name / f"seed_{seed}", dataset, wanted, name, seed, size)
-                _report(folder, [path.name for path in datasets], chosen, seeds)
+                _one(folder / dataset.name / f"seed_{seed}", dataset, labels, name, seed, size)
+                _report(folder, [path.name for path in wanted], chosen, seeds)
 
 
 def _one(root: Path, dataset: Path, wanted: Mapping[str, list], name: str, seed: int, size: Size) -> None:
@@ -239,7 +241,7 @@ def _other_labels(dataset: Path, wanted: Mapping[str, list]) -> dict[str, list]:
     taken = {value for values in label_values(dataset, wanted) for value in values}
     others = {name: values for name, values in read_labels(dataset).items() if not taken & set(values)}
     if not others:
-        raise SystemExit(f"every label of {dataset} belongs to a task, so none is left to pre-train on")
+        raise UserError(f"every label of {dataset} belongs to a task, so none is left to pre-train on")
     return others
 
 
@@ -312,10 +314,8 @@ def _cell(values: Sequence[tuple[float, ...]]) -> str:
     return f"{value.mean():.3f}{spread}" + (f" ({share[0].mean():.2f})" if share else "")
 
 
-def _words(value: object) -> str:
-    """A flag's words as they were typed, which fire makes a tuple of when they are separated by commas."""
-    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
-
-
 if __name__ == "__main__":
-    fire.Fire(study)
+    try:
+        fire.Fire(study)
+    except (UserError, OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
