@@ -7,6 +7,7 @@ places of many scans, and no image.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import product
 from math import prod
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from tools import __version__
 from tools.bundle import Bundle
 from tools.errors import UserError, nearest
 from tools.lineage import backbone_sha256
+from tools.merge import split_paths
 from tools.merge_methods import METHODS
 from tools.output import complete_output
 from tools.scans import choose_scans, patches_on_organs
@@ -49,8 +51,8 @@ def statistics(
         bundle: the specialist, with weights.
         vector: its task vector.
         images: folder of images, or an nnU-Net dataset, whose labels are not looked at; those it was trained on serve best.
-        method: fisher (as large as the model) or regmean (for a convolution of c channels (27·c)² numbers, for the reference
-            network 2.5 GB).
+        method: fisher (as large as the model), regmean (for a convolution of c channels (27·c)² numbers, for the reference
+            network 2.5 GB), or both, separated by a comma: on the same patches, which are looked for once.
         part: of an nnU-Net dataset: "train", "val" or "test" of its split; default: all labelled cases.
         split_file: JSON file with the split; default: the dataset's splits_final.json.
         scans: how many to use, chosen at random.
@@ -65,9 +67,11 @@ def statistics(
     """
     import torch
 
-    measured = [name for name, entry in METHODS.items() if entry.needs_statistics]
-    if method not in measured:
-        raise UserError(f"no statistics for a method {method!r}{nearest(method, measured)}; for {', '.join(measured)}")
+    known = [name for name, entry in METHODS.items() if entry.needs_statistics]
+    methods = split_paths(method)
+    for name in methods or [""]:
+        if name not in known:
+            raise UserError(f"no statistics for a method {name!r}{nearest(name, known)}; for {', '.join(known)}")
     specialist, task = Bundle(bundle), TaskVector(vector)
     if backbone_sha256(specialist.weights(), task.facts.structure) != task.facts.finetuned_sha256:
         raise UserError(f"{vector} (task {task.task}) is not the task vector of {bundle}")
@@ -75,29 +79,30 @@ def statistics(
     cases = choose_scans(images, specialist, part, split_file, scans, seed)
     size = [patch_size] * 3 if patch_size else specialist.resolved("patch_size")
     facts = {
-        "method": method,
         "task": task.task,
         "finetuned_sha256": task.facts.finetuned_sha256,
         "scans": len(cases),
         "patches": len(cases) * patches,
         "tool_version": __version__,
     }
-    with complete_output(statistics_file(vector, method), overwrite) as path:
-        torch.manual_seed(seed)
+    with ExitStack() as stack:
+        paths = [stack.enter_context(complete_output(statistics_file(vector, name), overwrite)) for name in methods]
         crops = [patch for patch, _ in patches_on_organs(specialist, [network], cases, size, patches, seed)]
-        if method == "fisher":
-            values, trace = fisher_information(network, list(task.tensors), crops)
-            shapes = {name: tuple(array.shape) for name, array in values.items()}
-            arrays = ((name, array.cpu().numpy()) for name, array in values.items())
-            facts["trace"] = trace
-        else:
-            layers = linear_layers(network, task)
-            shapes = {name: gram_shape(layer) for name, layer in layers.items()}
-            grams = gram_matrices(network, layers, crops, places)
-            arrays = ((name, gram.cpu().numpy()) for name, gram in grams)
-        save_statistics(path, facts, shapes, arrays)
-    size = 4 * sum(map(prod, shapes.values())) / 2**20
-    print(f"{statistics_file(vector, method)}: {len(shapes)} tensors, {size:.1f} MiB, {len(crops)} patches")
+        for name, path in zip(methods, paths, strict=True):
+            torch.manual_seed(seed)
+            own: dict[str, object] = {"method": name}
+            if name == "fisher":
+                values, own["trace"] = fisher_information(network, list(task.tensors), crops)
+                shapes = {tensor: tuple(array.shape) for tensor, array in values.items()}
+                arrays = ((tensor, array.cpu().numpy()) for tensor, array in values.items())
+            else:
+                layers = linear_layers(network, task)
+                shapes = {tensor: gram_shape(layer) for tensor, layer in layers.items()}
+                grams = gram_matrices(network, layers, crops, places)
+                arrays = ((tensor, gram.cpu().numpy()) for tensor, gram in grams)
+            save_statistics(path, facts | own, shapes, arrays)
+            mebibytes = 4 * sum(map(prod, shapes.values())) / 2**20
+            print(f"{statistics_file(vector, name)}: {len(shapes)} tensors, {mebibytes:.1f} MiB, {len(crops)} patches")
 
 
 def fisher_information(

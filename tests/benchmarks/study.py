@@ -4,7 +4,7 @@ U-Net Transplant (Lumetti et al., MICCAI 2025) claims that pre-training into wid
 is asked on any labelled datasets: patients are split three ways as in ``demo`` (pre-training, fine-tuning, test, by the seed);
 from each starting point every task is fine-tuned, the task vectors are merged by every method (λ chosen on the fine-tuning
 group's validation patients), and all is scored on the test patients. Everything goes through the project's own commands, which
-are printed; a study that was stopped goes on, and writes its table anew after each seed.
+are printed. A study that was stopped goes on; results.json has what was found, and runs that are in it are not run again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import fire
@@ -26,6 +26,7 @@ from tools.errors import UserError, nearest
 from tools.instantiate import set_values
 from tools.labels import parse_channels
 from tools.merge import split_paths
+from tools.output import complete_output
 
 ROOT = Path(__file__).parents[2]
 TASKS = {
@@ -99,13 +100,15 @@ def study(
     tasks: object = None,
     unseen: bool = False,
     width: int = 8,
-    patch_size: int = 48,
+    patch_size: int = 32,
     batch_size: int = 2,
-    pretrain_steps: int = 800,
-    finetune_steps: int = 160,
-    scales: str = "0.1,0.2,0.4,0.7,1.0",
+    pretrain_steps: int = 400,
+    finetune_steps: int = 96,
+    scales: str = "0.1,0.2,0.4,0.8",
 ) -> None:
-    """Pre-train, fine-tune, merge by every method and compare, for each dataset, starting point and seed; write results.md.
+    """Pre-train, fine-tune, merge by every method and compare, for each dataset, starting point and seed.
+
+    Writes results.json and, as a table, results.md. Several studies at once may share a folder if their starting points differ.
 
     Args:
         dataset_dir: labelled nnU-Net raw datasets, separated by commas.
@@ -129,19 +132,77 @@ def study(
         if name not in STARTS:
             raise UserError(f"no starting point {name!r}{nearest(name, STARTS)}; there are {', '.join(STARTS)}")
     wanted = {path: _tasks(tasks, path) for path in map(Path, split_paths(dataset_dir))}
+    results = Results(folder / "results.json", size)
     for seed in range(seeds):
         for dataset, labels in wanted.items():
             for name in chosen:
-                _one(folder / dataset.name / f"seed_{seed}", dataset, labels, name, seed, size)
-                _report(folder, [path.name for path in wanted], chosen, seeds)
+                if seed not in results.of(dataset.name, name):
+                    run = folder / dataset.name / f"seed_{seed}" / name
+                    _one(run, dataset, labels, name, seed, size)
+                    results.add(dataset.name, name, seed, _merges(run) | _flatness(run))
+                (folder / "results.md").write_text(results.table())
 
 
-def _one(root: Path, dataset: Path, wanted: Mapping[str, list], name: str, seed: int, size: Size) -> None:
+class Results:
+    """What the study has found, in a file: runs that are in it are not run again, wherever their folders are.
+
+    Args:
+        path: of the file; made with the first result.
+        size: of the runs.
+
+    Raises:
+        UserError: the results in the file are of runs of another size.
+    """
+
+    def __init__(self, path: Path, size: Size) -> None:
+        self.path = path
+        self.size = asdict(size)
+        self.runs: dict[str, dict[str, dict[str, dict[str, list[float]]]]] = {}
+        self._read()
+
+    def _read(self) -> None:
+        if self.path.is_file():
+            found = read_json(self.path)
+            if found["size"] != self.size:
+                raise UserError(f"{self.path} has results of another size, {found['size']}; choose another --output")
+            self.runs = found["runs"]
+
+    def of(self, dataset: str, start: str) -> dict[int, dict[str, list[float]]]:
+        """By seed, for each row of the table its mean Dice and normalized accuracy, or one figure of another kind."""
+        return {int(seed): rows for seed, rows in self.runs.get(dataset, {}).get(start, {}).items()}
+
+    def add(self, dataset: str, start: str, seed: int, rows: Mapping[str, Sequence[float]]) -> None:
+        """Take in a run, and write the file anew with what others have added to it."""
+        self._read()
+        self.runs.setdefault(dataset, {}).setdefault(start, {})[str(seed)] = {k: list(v) for k, v in rows.items()}
+        with complete_output(self.path, overwrite=True) as path:
+            path.write_text(json.dumps({"size": self.size, "runs": self.runs}, indent=1))
+
+    def table(self) -> str:
+        """For each dataset, mean Dice by merge method and starting point, and how flat the starting points are."""
+        lines = [
+            "Mean Dice over tasks on test patients, mean ± standard deviation over seeds; in brackets the normalized accuracy",
+            "(mean over tasks of merged ÷ specialist).",
+            "",
+        ]
+        for dataset, starts in self.runs.items():
+            seeds = {start: self.of(dataset, start) for start in starts}
+            titles = dict.fromkeys(title for runs in seeds.values() for rows in runs.values() for title in rows)
+            lines += [f"**{dataset}**", ""]
+            lines += ["| | " + " | ".join(f"{start} (seeds: {len(runs)})" for start, runs in seeds.items()) + " |"]
+            lines += ["|---" * (1 + len(seeds)) + "|"]
+            for title in sorted(titles, key=lambda title: title.startswith("starting point:")):
+                cells = [[rows[title] for rows in runs.values() if title in rows] for runs in seeds.values()]
+                lines.append(f"| {title} | " + " | ".join(map(_cell, cells)) + " |")
+            lines.append("")
+        return "\n".join(lines)
+
+
+def _one(folder: Path, dataset: Path, wanted: Mapping[str, list], name: str, seed: int, size: Size) -> None:
     """One starting point of one dataset and seed: everything up to the table of ``compare``."""
     print(f"\n{dataset.name}, seed {seed}, starting point {name}", flush=True)
-    folder = root / name
     steps = Steps(folder / "logs")
-    cohorts = real_cohorts(dataset, root, seed)
+    cohorts = real_cohorts(dataset, folder.parent, seed)
     start = _starting_point(steps, folder, cohorts, wanted, STARTS[name], seed, size)
     split = cohorts.splits / "finetune.json"
     cases = json.loads(split.read_text())[0]["train"]
@@ -159,10 +220,9 @@ def _one(root: Path, dataset: Path, wanted: Mapping[str, list], name: str, seed:
             break
         diff = tools("diff", pretrained=start, finetuned=bundle, output=vector)
         steps.run(f"{slug(task)}_diff", diff, vector, [slug(task)])
-        for method in ("fisher", "regmean"):
-            measure = tools("statistics", bundle=bundle, vector=vector, method=method, **scans)
-            made = vector.with_suffix(f".{method}.safetensors")
-            steps.run(f"{slug(task)}_{method}", measure, made, [f"{slug(task)}_diff"])
+        measure = tools("statistics", bundle=bundle, vector=vector, method="fisher,regmean", **scans)
+        made = vector.with_suffix(".regmean.safetensors")
+        steps.run(f"{slug(task)}_statistics", measure, made, [f"{slug(task)}_diff"])
         specialists.append(bundle)
         vectors.append(vector)
     merge = {"pretrained": start, "vectors": ",".join(map(str, vectors))}
@@ -254,56 +314,28 @@ def _images(dataset: Path, cases: Sequence[str], folder: Path) -> Path:
     return folder
 
 
-def _report(folder: Path, datasets: Sequence[str], starts: Sequence[str], seeds: int) -> None:
-    """results.md: for each dataset, mean Dice by merge method and starting point, and how flat the starting points are."""
-    lines = [
-        "Mean Dice over tasks on test patients, mean ± standard deviation over seeds; in brackets the normalized accuracy",
-        "(mean over tasks of merged ÷ specialist).",
-        "",
-    ]
-    for dataset in datasets:
-        merges: dict[str, dict[str, list]] = {}
-        for start in starts:
-            for seed in range(seeds):
-                run = folder / dataset / f"seed_{seed}" / start
-                for title, values in [*_merges(run), *_flatness(run)]:
-                    merges.setdefault(title, {}).setdefault(start, []).append(values)
-        done = {start: len(merges.get("average", {}).get(start, [])) for start in starts}
-        lines += [f"**{dataset}**", ""]
-        lines += ["| | " + " | ".join(f"{start} (seeds: {done[start]})" for start in starts) + " |"]
-        lines += ["|---" * (1 + len(starts)) + "|"]
-        for title, row in merges.items():
-            lines.append(f"| {title} | " + " | ".join(_cell(row.get(start, [])) for start in starts) + " |")
-        lines.append("")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.md").write_text("\n".join(lines))
-
-
-def _merges(run: Path) -> list[tuple[str, tuple[float, ...]]]:
+def _merges(run: Path) -> dict[str, tuple[float, ...]]:
     """For each row of ``compare`` its mean Dice, and the normalized accuracy but for the specialists."""
-    path = run / "compare" / "results.json"
-    if not path.is_file():
-        return []
-    results = read_json(path)
+    results = read_json(run / "compare" / "results.json")
     shares = {title: (share["mean"],) for title, share in results["normalized_accuracy"].items()}
-    return [
-        (title, (summary["mean"]["dice"]["mean"], *shares.get(title, ())))
+    return {
+        title: (summary["mean"]["dice"]["mean"], *shares.get(title, ()))
         for title, summary in results["bundles"].items()
-    ]
+    }
 
 
-def _flatness(run: Path) -> list[tuple[str, tuple[float, ...]]]:
-    """What ``flatness`` measured of the starting point."""
+def _flatness(run: Path) -> dict[str, tuple[float, ...]]:
+    """What ``flatness`` measured of the starting point, if that learned from labels."""
     path = run / "flatness" / "flatness.json"
     if not path.is_file():
-        return []
+        return {}
     (measured,) = read_json(path)["bundles"].values()
-    rises = [
-        (f"loss rises, weights moved by {noise['relative']:g}", noise["mean"] - measured["loss"])
-        for noise in measured["noise"]
-    ]
-    top = ("top Hessian eigenvalue, relative", measured["hessian_top_relative"])
-    return [(f"starting point: {title}", (value,)) for title, value in (*rises[-2:], top)]
+    figures = {
+        f"loss rises, weights moved by {noise['relative']:g}": noise["mean"] - measured["loss"]
+        for noise in measured["noise"][-2:]
+    }
+    figures["top Hessian eigenvalue, relative"] = measured["hessian_top_relative"]
+    return {f"starting point: {title}": (value,) for title, value in figures.items()}
 
 
 def _cell(values: Sequence[tuple[float, ...]]) -> str:

@@ -5,7 +5,7 @@ import torch
 from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
 
-from tools.bundle_code.inferers import MixedPrecisionInferer
+from tools.bundle_code.inferers import MixedPrecisionInferer, windows_at_once
 from tools.bundle_code.residual_unet import ResidualUNet3D
 from tools.bundle_code.stunet import STUNet
 
@@ -52,3 +52,12 @@ def test_all_outputs_of_a_network_with_deep_supervision_or_the_first():
     assert {level.dtype for level in several} == {torch.float32}
     assert torch.equal(MixedPrecisionInferer()(x, network), several[0])
     assert isinstance(MixedPrecisionInferer(all_outputs=True)(x, network.eval()), torch.Tensor)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of processors")
+def test_so_many_windows_at_once_that_no_convolution_is_pytorchs_slow_one():
+    """In float32 it takes that for a single small image, and nothing else says so than the backend it selects."""
+    image, weight = torch.zeros(windows_at_once("float32"), 8, 32, 32, 32), torch.zeros(8, 8, 3, 3, 3)
+    arguments = (image, weight, None, (1, 1, 1), (1, 1, 1), (1, 1, 1), False, (0, 0, 0), 1)
+    assert torch._C._select_conv_backend(*arguments) == torch._C._ConvBackend.Mkldnn
+    assert windows_at_once("float32") <= 2  # memory

@@ -62,12 +62,26 @@ def autocast(device: torch.device, precision: str = "bfloat16") -> torch.autocas
 
     There PyTorch falls back to a convolution that is hundreds of times slower than float32: on any x86 CPU without AVX-512.
     """
-    supported = True
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16" and _has_bfloat16(device))
+
+
+def _has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
-        supported = torch.cuda.is_bf16_supported()
-    elif device.type == "cpu":
-        supported = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=supported and precision == "bfloat16")
+        return torch.cuda.is_bf16_supported()
+    if device.type == "cpu":
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return True
+
+
+def windows_at_once(precision: str = "bfloat16") -> int:
+    """How many windows one pass of the network takes best: 4 on a GPU, on a CPU 1, or 2 where it computes in float32.
+
+    One needs least memory. But for a single image in float32, unless it is large, PyTorch 2.13 takes a convolution of its own
+    that is several times slower than oneDNN's (``_select_conv_backend`` names it ``Slow3d``).
+    """
+    if torch.cuda.is_available():
+        return 4
+    return 1 if precision == "bfloat16" and _has_bfloat16(torch.device("cpu")) else 2
 
 
 def full_size(output: Tensor | Sequence[Tensor]) -> Tensor:
