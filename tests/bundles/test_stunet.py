@@ -171,6 +171,20 @@ def test_training_follows_the_published_recipe(trained):
     assert trained_names == len(names) - 2  # all but the coarsest head
 
 
+def test_overlays_for_wide_minima_train(phantom_dataset, tmp_path):
+    folder = tmp_path / "start"
+    words = ["--bundle", ROOT / "bundles" / "pretrain_stunet", "--dataset_dir", phantom_dataset, "--output", folder]
+    words += ["--labels", "{liver: liver, spleen: spleen}", "--overlay", "small,sam,swa", "--patch_size", 32]
+    assert here("tools", "new_pretraining", *words).returncode == 0
+    values = {"channels": [4, 6, 8, 8], "strides": [[2, 2, 2], [2, 2, 2], [2, 1, 1]], "spacing": [8.0, 8.0, 8.0]}
+    set_values(folder, values)
+    train(folder, "--max_epochs", 4, "--iterations_per_epoch", 2, "--val_interval", 4)
+    checkpoint, model = last(folder / "checkpoints"), torch.load(folder / "models" / "model.pt", weights_only=True)
+    assert checkpoint["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.0025)  # a quarter, over the last quarter
+    assert all(torch.equal(tensor, checkpoint["average"][f"module.{name}"]) for name, tensor in model.items())
+    assert any(not torch.equal(tensor, checkpoint["network"][name]) for name, tensor in model.items())
+
+
 def test_the_learning_rate_falls_by_epochs(trained):
     from torch.optim.lr_scheduler import PolynomialLR
 
