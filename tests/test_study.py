@@ -22,10 +22,10 @@ def test_runs_that_share_a_file_keep_each_others_results(tmp_path):
     lines = found.table().splitlines()
     assert "| | stable (seeds: 2) | sharp (seeds: 1) |" in lines
     assert "| average | 0.500 ± 0.141 (0.85) | 0.100 (0.20) |" in lines
-    assert lines[-2] == "| starting point: loss | 2.000 |  |"  # after the merges
+    assert lines[-1] == "| starting point: loss | 2.000 |  |"  # after the merges
 
 
 def test_results_of_another_size_are_not_mixed(tmp_path):
     Results(tmp_path / "results.json", SIZE).add("HeadNeck", "stable", 0, {"average": (0.4, 0.8)})
-    with pytest.raises(UserError, match="'width': 8.*another --output"):
+    with pytest.raises(UserError, match=r"'width': 8.*another --output"):
         Results(tmp_path / "results.json", replace(SIZE, width=16))
