@@ -220,7 +220,7 @@ def _one(folder: Path, dataset: Path, wanted: Mapping[str, list], name: str, see
             break
         diff = tools("diff", pretrained=start, finetuned=bundle, output=vector)
         steps.run(f"{slug(task)}_diff", diff, vector, [slug(task)])
-        measure = tools("statistics", bundle=bundle, vector=vector, method="fisher,regmean", **scans)
+        measure = tools("statistics", bundle=bundle, vector=vector, method="fisher,regmean", patches=4, **scans)
         made = vector.with_suffix(".regmean.safetensors")
         steps.run(f"{slug(task)}_statistics", measure, made, [f"{slug(task)}_diff"])
         specialists.append(bundle)
