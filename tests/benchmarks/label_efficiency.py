@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import fire
@@ -76,7 +77,7 @@ def label_efficiency(
     folder, dataset = Path(output).resolve(), Path(dataset_dir).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     images = split_cases(dataset, folder, same_images)
-    overlay = "" if read_json(dataset / "dataset.json")["channel_names"]["0"] == "CT" else ",mr"
+    overlay = modality_overlay(dataset)
     seconds: dict[str, float] = {}
     for objective in chosen:
         _start(folder / objective, objective, images, overlay)
@@ -95,11 +96,13 @@ def label_efficiency(
             if same_images and name == "scratch":
                 own["max_epochs"] = (FINE_TUNING | own)["max_epochs"] + AS_LONG
             seconds[specialist.name] = train(specialist, FINE_TUNING | own)
-        bundles = ",".join(str(folder / f"{name}_{seed}") for name in starts)
-        words = ["evaluate", "--bundle", bundles, "--dataset_dir", dataset, "--overlays", "False", "--part"]
-        words += ["Ts"] if (dataset / "labelsTs").is_dir() else ["test", "--split_file", folder / "split.json"]
-        run_tool(folder / f"evaluation_{seed}", *words)
+        evaluate([folder / f"{name}_{seed}" for name in starts], dataset, folder, seed)
         report(folder, seed + 1, seconds)
+
+
+def modality_overlay(dataset: Path) -> str:
+    """The overlay to add for a dataset's images: none for CT."""
+    return "" if read_json(dataset / "dataset.json")["channel_names"]["0"] == "CT" else ",mr"
 
 
 def split_cases(dataset: Path, folder: Path, same_images: bool) -> Path:
@@ -146,6 +149,13 @@ def random_weights(folder: Path, seed: int) -> None:
     torch.manual_seed(seed)
     with bundle.code():
         torch.save(instantiate(bundle.network_def(), ("cpu",)).state_dict(), bundle.model_file)
+
+
+def evaluate(bundles: Sequence[Path], dataset: Path, folder: Path, seed: int) -> None:
+    """Score a seed's bundles on the test cases."""
+    words: list[object] = ["evaluate", "--bundle", ",".join(map(str, bundles)), "--dataset_dir", dataset]
+    tested = ["Ts"] if (dataset / "labelsTs").is_dir() else ["test", "--split_file", folder / "split.json"]
+    run_tool(folder / f"evaluation_{seed}", *words, "--overlays", "False", "--part", *tested)
 
 
 def run_tool(output: Path, *words: object) -> None:

@@ -2,9 +2,9 @@
 
 ``python -m tests.benchmarks.windows --dataset_dir <Dataset903_Hippocampus> --output runs/windows``
 
-The cases are those of ``label_efficiency``: eight of labelsTr train, two choose the epoch, those of labelsTs test. Each command
-is printed; a run that was stopped goes on. With ``--pretraining_dir <Dataset904_JawCT>`` a 2D network is first trained on the
-slices of that dataset, and both kinds of window start from its weights too (``inflate``).
+The cases are those of ``label_efficiency``: eight of labelsTr train, two choose the epoch, the test cases are never seen. Each
+command is printed; a run that was stopped goes on. With ``--pretraining_dir <Dataset904_JawCT>`` a 2D network is first trained on
+the slices of that dataset, and both kinds of window start from its weights too (``inflate``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import fire
 
-from tests.benchmarks.label_efficiency import ROOT, report, run_tool, split_cases, train
+from tests.benchmarks.label_efficiency import ROOT, evaluate, modality_overlay, report, run_tool, split_cases, train
 from tools.instantiate import set_values
 
 TRAINING = {
@@ -39,7 +39,7 @@ def windows(
     """Train with windows and with single slices, test both, and write results.md.
 
     Args:
-        dataset_dir: nnU-Net raw dataset of MR images with labelsTs.
+        dataset_dir: nnU-Net raw dataset, of CT or MR images.
         output: folder of the runs.
         labels: channels to segment.
         seeds: trainings of each kind.
@@ -49,7 +49,8 @@ def windows(
     folder, dataset = Path(output).resolve(), Path(dataset_dir).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     split_cases(dataset, folder, same_images=True)
-    kinds = {"window": "small,mr", "force_2d": "small,mr,force_2d"}
+    modality = modality_overlay(dataset)
+    kinds = {"window": f"small{modality}", "force_2d": f"small{modality},force_2d"}
     seconds: dict[str, float] = {}
     for kind, overlay in kinds.items():
         _bundle(folder / f"{kind}_untrained", dataset, overlay, labels)
@@ -69,9 +70,7 @@ def windows(
                 shutil.copytree(start, folder / name)
             own = {"split_file": folder / "split.json", "seed": seed}
             seconds[name] = train(folder / name, TRAINING | own)
-        bundles = ",".join(str(folder / name) for name in runs)
-        words = ["evaluate", "--bundle", bundles, "--dataset_dir", dataset, "--part", "Ts", "--overlays", "False"]
-        run_tool(folder / f"evaluation_{seed}", *words)
+        evaluate([folder / name for name in runs], dataset, folder, seed)
         report(folder, seed + 1, seconds)
 
 
