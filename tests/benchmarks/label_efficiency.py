@@ -4,8 +4,8 @@
 
 Everything goes through the project's own commands, each of which is printed; a run that was stopped goes on. Of the cases of
 labelsTr ten, chosen by a seed, keep their labels: eight train, two choose the epoch. The images of all others are pre-trained on.
-The cases of labelsTs test, and are never seen before; where there are none, the others of labelsTr test. "Scratch" is a starting
-point with random weights.
+The cases of labelsTs test, and are never seen before; where there are none, eight others of labelsTr test. "Scratch" is a
+starting point with random weights.
 
 Learnable weight initialisation has no other images than those ten, and scratch trains for as many steps longer as it pre-trains:
 
@@ -110,7 +110,7 @@ def split_cases(dataset: Path, folder: Path, same_images: bool) -> Path:
     names = sorted(path.name.removesuffix(".nii.gz") for path in (dataset / "labelsTr").glob("*.nii.gz"))
     tested = {path.name.removesuffix(".nii.gz") for path in (dataset / "labelsTs").glob("*.nii.gz")}
     labelled = random.Random(0).sample(names, 10)
-    tested = tested or {*names} - {*labelled}
+    tested = tested or {*random.Random(0).sample(sorted({*names} - {*labelled}), 8)}
     images = [*(dataset / "imagesTr").glob("*.nii.gz"), *(dataset / "imagesTs").glob("*.nii.gz")]
     free = [path for path in sorted(images) if path.name.removesuffix("_0000.nii.gz") not in {*labelled, *tested}]
     own = [path for path in sorted(images) if path.name.removesuffix("_0000.nii.gz") in labelled]

@@ -19,7 +19,7 @@ from pathlib import Path
 import fire
 import numpy as np
 
-from tests.benchmarks.label_efficiency import random_weights
+from tests.benchmarks.label_efficiency import modality_overlay, random_weights
 from tools.bundle import read_json
 from tools.demo import Cohorts, Steps, real_cohorts, slug, tools, train
 from tools.errors import UserError, nearest
@@ -57,12 +57,14 @@ class Start:
         bundle: that pre-trains it.
         overlay: of that bundle.
         settings: of its training, other than the overlay's; batch_size in units of the study's.
+        fine_tuning: settings of what is fine-tuned from it.
         learns: "labels", "images" (of the pre-training group), "own images" (of the fine-tuning group) or "" (random weights).
     """
 
     bundle: str
     overlay: str
     settings: Mapping[str, float] = field(default_factory=dict)
+    fine_tuning: Mapping[str, float] = field(default_factory=dict)
     learns: str = "labels"
 
 
@@ -73,9 +75,9 @@ STARTS = {
     "sam": Start("pretrain_amos", "small,sam", {"learning_rate": 4e-3, "dropout": 0.1}),
     "swa": Start("pretrain_amos", "small,swa", {"learning_rate": 4e-3, "dropout": 0.1}),
     "scratch": Start("pretrain_amos", "small", learns=""),
-    "genesis": Start("pretrain_genesis", "small,residual", {"learning_rate": 3e-3}, "images"),
-    "mae": Start("pretrain_genesis", "small,residual,mae", {"learning_rate": 3e-3}, "images"),
-    "lwi": Start("pretrain_lwi", "small", learns="own images"),
+    "genesis": Start("pretrain_genesis", "small,residual", {"learning_rate": 3e-3}, learns="images"),
+    "mae": Start("pretrain_genesis", "small,residual,mae", {"learning_rate": 3e-3}, learns="images"),
+    "lwi": Start("pretrain_lwi", "small", {}, {"head_learning_rate": 0.1}, learns="own images"),
 }
 
 
@@ -206,7 +208,7 @@ def _one(folder: Path, dataset: Path, wanted: Mapping[str, list], name: str, see
     start = _starting_point(steps, folder, cohorts, wanted, STARTS[name], seed, size)
     split = cohorts.splits / "finetune.json"
     cases = json.loads(split.read_text())[0]["train"]
-    overrides = {"split_file": split, "seed": seed, "batch_size": size.batch_size}
+    overrides = {"split_file": split, "seed": seed, "batch_size": size.batch_size, **STARTS[name].fine_tuning}
     overrides |= _epochs(size.finetune_steps, len(cases), size.batch_size)
     vectors, specialists = [], []
     scans = {"images": dataset.resolve(), "part": "train", "split_file": split, "scans": UNLABELLED_SCANS}
@@ -248,7 +250,9 @@ def _starting_point(
 ) -> Path:
     """Make a starting point's bundle and train it, or give it random weights."""
     bundle = folder / folder.name
-    setup: dict[str, object] = {"bundle": ROOT / "bundles" / start.bundle, "overlay": start.overlay}
+    template = ROOT / "bundles" / start.bundle
+    modality = modality_overlay(cohorts.pretrain) if (template / "configs" / "mr.json").is_file() else ""
+    setup: dict[str, object] = {"bundle": template, "overlay": start.overlay + modality}
     split = cohorts.splits / ("finetune.json" if start.learns == "own images" else "pretrain.json")
     cases = json.loads(split.read_text())[0]["train"]
     if start.learns in ("labels", ""):
@@ -259,7 +263,9 @@ def _starting_point(
         setup["dataset_dir"] = _images(cohorts.pretrain, cases, folder / "images")
     new = tools("new_pretraining", **setup, patch_size=size.patch_size, output=bundle)
     steps.run("pretrain_setup", new, bundle)
-    if start.bundle != "pretrain_lwi":
+    if start.bundle == "pretrain_lwi":  # UNETR, a token of which is 16 voxels long
+        set_values(bundle, {"slabs": size.patch_size // 16, "spacing": None})
+    else:
         set_values(bundle, {"width": size.width})
     if not start.learns:
         done = steps.logs / "pretrain.done"
