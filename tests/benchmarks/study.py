@@ -212,8 +212,9 @@ def _one(folder: Path, dataset: Path, wanted: Mapping[str, list], name: str, see
     start = _starting_point(steps, folder, cohorts, wanted, STARTS[name], seed, size)
     split = cohorts.splits / "finetune.json"
     cases = json.loads(split.read_text())[0]["train"]
-    overrides = {"split_file": split, "seed": seed, "batch_size": size.batch_size, **STARTS[name].fine_tuning}
+    overrides = {"split_file": split, "seed": seed, "batch_size": size.batch_size}
     overrides |= _epochs(size.finetune_steps, len(cases), size.batch_size)
+    overrides |= {"frozen_epochs": overrides["max_epochs"] // 4, **STARTS[name].fine_tuning}
     vectors, specialists = [], []
     scans = {"images": dataset.resolve(), "part": "train", "split_file": split, "scans": UNLABELLED_SCANS}
     for task, labels in [*wanted.items(), ("joint training", wanted)]:

@@ -47,7 +47,8 @@ def test_training_keeps_the_best_model_as_plain_tensors(chain):
 
 def test_fine_tuning_starts_from_the_starting_point_and_freezes_it_first(chain, fresh):
     folder = fresh("frozen")
-    train(folder, "--max_epochs", 1, "--frozen_epochs", 1, "--patches_per_volume", 2)
+    result = train(folder, "--max_epochs", 1, "--frozen_epochs", 1, "--patches_per_volume", 2)
+    assert "the backbone is frozen in all 1 epochs" in result.stdout + result.stderr
     before, after = Bundle(chain.pretrain).state(), checkpoint(folder)["network"]
     assert all(torch.equal(before[n], after[n]) for n in before if not n.startswith("head."))
     assert after["head.weight"].shape[0] == 2

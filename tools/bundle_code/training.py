@@ -87,7 +87,7 @@ class ClipGradients:
 
 
 class FreezeBackbone:
-    """Train the head alone during the first epochs.
+    """Train the head alone during the first epochs; warns if there are no others.
 
     Args:
         network: the network that is trained, as a plain module.
@@ -100,7 +100,15 @@ class FreezeBackbone:
         self.epochs = epochs
 
     def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self._warn)
         engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def _warn(self, engine: Engine) -> None:
+        if engine.state.max_epochs <= self.epochs:
+            engine.logger.warning(
+                f"the backbone is frozen in all {engine.state.max_epochs} epochs (--frozen_epochs {self.epochs}): only the head "
+                "learns, and the task vector will be zero"
+            )
 
     def __call__(self, engine: Engine) -> None:
         for parameter in self.backbone:
