@@ -18,7 +18,7 @@ dicom: .venv-deploy/ready  ## MONAI Deploy: IMAGES=<folder of a DICOM CT study> 
 	@ulimit -s 32768; .venv-deploy/bin/python apps/deploy/app.py --images "$(IMAGES)" --bundle "$(BUNDLE)" --output "$(OUTPUT)"
 
 test: .venv/ready  ## everything, as continuous integration runs it; tests whose environment cannot be made are skipped and say so
-	-$(MAKE) --keep-going --jobs=2 $(foreach name,mergekit monailabel deploy nnunet nnunet1,.venv-$(name)/ready)
+	-$(MAKE) --keep-going --jobs=2 $(foreach name,mergekit monailabel deploy nnunet nnunet1 timm,.venv-$(name)/ready)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-fast: .venv/ready
@@ -65,4 +65,8 @@ lint: .venv/ready
 .venv-nnunet1/ready: .venv/ready  ## nnU-Net 1, the peer that STU-Net's inference is compared with: its code beside our environment
 	$(BIN)/python $(INSTALL) --no-deps --target .venv-nnunet1 nnunet==1.7.1 \
 		batchgenerators==0.23 SimpleITK==2.5.7 scikit-image==0.26.0 lazy_loader==0.6
+	touch $@
+
+.venv-timm/ready: .venv/ready  ## timm, the peer of 2D networks, and what it imports: their code beside our environment
+	$(BIN)/python $(INSTALL) --no-deps --target .venv-timm timm==1.0.31 torchvision==0.29.1 huggingface_hub==2.4.0
 	touch $@

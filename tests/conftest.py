@@ -164,12 +164,15 @@ def real_data() -> Path:
 
 @pytest.fixture(scope="session")
 def timm():
-    """timm, which imports torchvision; that of PyPI does not find its compiled operators beside a torch without CUDA."""
+    """timm, installed or of ``.venv-timm``. It imports torchvision; PyPI's has no compiled operators beside a CPU-only torch."""
+    peer = str(ROOT / ".venv-timm")
+    sys.path.append(peer)
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        module = pytest.importorskip("timm", reason="timm is not installed; pip install timm", exc_type=ImportError)
+        module = pytest.importorskip("timm", reason="timm is not there: make .venv-timm/ready", exc_type=ImportError)
+    sys.path.remove(peer)
     yield module
     del library
