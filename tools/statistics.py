@@ -68,7 +68,7 @@ def statistics(
     import torch
 
     known = [name for name, entry in METHODS.items() if entry.needs_statistics]
-    methods = split_paths(method)
+    methods = list(dict.fromkeys(split_paths(method)))
     for name in methods or [""]:
         if name not in known:
             raise UserError(f"no statistics for a method {name!r}{nearest(name, known)}; for {', '.join(known)}")
@@ -85,6 +85,7 @@ def statistics(
         "patches": len(cases) * patches,
         "tool_version": __version__,
     }
+    written = []
     with ExitStack() as stack:
         paths = [stack.enter_context(complete_output(statistics_file(vector, name), overwrite)) for name in methods]
         crops = [patch for patch, _ in patches_on_organs(specialist, [network], cases, size, patches, seed)]
@@ -102,7 +103,10 @@ def statistics(
                 arrays = ((tensor, gram.cpu().numpy()) for tensor, gram in grams)
             save_statistics(path, facts | own, shapes, arrays)
             mebibytes = 4 * sum(map(prod, shapes.values())) / 2**20
-            print(f"{statistics_file(vector, name)}: {len(shapes)} tensors, {mebibytes:.1f} MiB, {len(crops)} patches")
+            written.append(
+                f"{statistics_file(vector, name)}: {len(shapes)} tensors, {mebibytes:.1f} MiB, {len(crops)} patches"
+            )
+    print("\n".join(written))
 
 
 def fisher_information(

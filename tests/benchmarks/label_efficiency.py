@@ -45,7 +45,7 @@ FINE_TUNING = {
     "patches_per_volume": 10,
     "warmup_steps": 20,
 }
-# a rate of the fresh head at which UNETR's eight features are told apart in this time: with 0.003 no voxel exceeds 1/2
+# a rate of the fresh head at which UNETR's eight features are told apart in this time: with 0.01 no voxel exceeds 1/2
 UNETR = {"learning_rate": 0.001, "head_learning_rate": 0.1, "max_epochs": 10, "val_interval": 5}
 AS_LONG = 5  # epochs of 8 cases by 10 patches, at least the steps of pre-training: 5 epochs of 9 images by 8 patches
 OBJECTIVES = {  # bundle, overlays but for that of MR images, and settings for 32³ voxels: as many as the crops of Dataset903 have
@@ -101,8 +101,10 @@ def label_efficiency(
 
 
 def modality_overlay(dataset: Path) -> str:
-    """The overlay to add for a dataset's images: none for CT."""
-    return "" if read_json(dataset / "dataset.json")["channel_names"]["0"] == "CT" else ",mr"
+    """The overlay to add for a dataset's images: none for CT, or where they are not named."""
+    description = read_json(dataset / "dataset.json")
+    channels = description.get("channel_names") or description.get("modality") or {}
+    return "" if channels.get("0", "CT") == "CT" else ",mr"
 
 
 def split_cases(dataset: Path, folder: Path, same_images: bool) -> Path:
@@ -110,7 +112,8 @@ def split_cases(dataset: Path, folder: Path, same_images: bool) -> Path:
     names = sorted(path.name.removesuffix(".nii.gz") for path in (dataset / "labelsTr").glob("*.nii.gz"))
     tested = {path.name.removesuffix(".nii.gz") for path in (dataset / "labelsTs").glob("*.nii.gz")}
     labelled = random.Random(0).sample(names, 10)
-    tested = tested or {*random.Random(0).sample(sorted({*names} - {*labelled}), 8)}
+    others = sorted({*names} - {*labelled})
+    tested = tested or {*random.Random(0).sample(others, min(8, len(others)))}
     images = [*(dataset / "imagesTr").glob("*.nii.gz"), *(dataset / "imagesTs").glob("*.nii.gz")]
     free = [path for path in sorted(images) if path.name.removesuffix("_0000.nii.gz") not in {*labelled, *tested}]
     own = [path for path in sorted(images) if path.name.removesuffix("_0000.nii.gz") in labelled]

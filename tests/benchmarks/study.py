@@ -169,8 +169,10 @@ class Results:
     def _read(self) -> None:
         if self.path.is_file():
             found = read_json(self.path)
-            if found["size"] != self.size:
-                raise UserError(f"{self.path} has results of another size, {found['size']}; choose another --output")
+            if found.get("size") != self.size:
+                raise UserError(
+                    f"{self.path} has results of another size, {found.get('size')}; choose another --output"
+                )
             self.runs = found["runs"]
 
     def of(self, dataset: str, start: str) -> dict[int, dict[str, list[float]]]:

@@ -141,14 +141,18 @@ def test_label_maps_are_those_of_nnunet_1(bundle, published, tmp_path, mode, mir
     assert (ours != expected).mean() < 3e-4  # float32 and float64 sums differ in their last bits
 
 
-@pytest.fixture(scope="module")
-def trained(phantom_dataset, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained") / "start"
-    words = ["--bundle", ROOT / "bundles" / "pretrain_stunet", "--dataset_dir", phantom_dataset, "--output", folder]
-    words += ["--labels", "{liver: liver, spleen: spleen}", "--overlay", "small", "--patch_size", 32]
+def untrained(dataset, folder, overlay):
+    words = ["--bundle", ROOT / "bundles" / "pretrain_stunet", "--dataset_dir", dataset, "--output", folder]
+    words += ["--labels", "{liver: liver, spleen: spleen}", "--overlay", overlay, "--patch_size", 32]
     assert here("tools", "new_pretraining", *words).returncode == 0
     values = {"channels": [4, 6, 8, 8], "strides": [[2, 2, 2], [2, 2, 2], [2, 1, 1]], "spacing": [8.0, 8.0, 8.0]}
     set_values(folder, values)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(phantom_dataset, tmp_path_factory):
+    folder = untrained(phantom_dataset, tmp_path_factory.mktemp("trained") / "start", "small")
     train(folder, "--max_epochs", 2, "--iterations_per_epoch", 2, "--val_interval", 1)
     return folder
 
@@ -172,12 +176,7 @@ def test_training_follows_the_published_recipe(trained):
 
 
 def test_overlays_for_wide_minima_train(phantom_dataset, tmp_path):
-    folder = tmp_path / "start"
-    words = ["--bundle", ROOT / "bundles" / "pretrain_stunet", "--dataset_dir", phantom_dataset, "--output", folder]
-    words += ["--labels", "{liver: liver, spleen: spleen}", "--overlay", "small,sam,swa", "--patch_size", 32]
-    assert here("tools", "new_pretraining", *words).returncode == 0
-    values = {"channels": [4, 6, 8, 8], "strides": [[2, 2, 2], [2, 2, 2], [2, 1, 1]], "spacing": [8.0, 8.0, 8.0]}
-    set_values(folder, values)
+    folder = untrained(phantom_dataset, tmp_path / "start", "small,sam,swa")
     train(folder, "--max_epochs", 4, "--iterations_per_epoch", 2, "--val_interval", 4)
     checkpoint, model = last(folder / "checkpoints"), torch.load(folder / "models" / "model.pt", weights_only=True)
     assert checkpoint["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.0025)  # a quarter, over the last quarter
