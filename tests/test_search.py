@@ -59,7 +59,8 @@ def test_a_grid_is_the_closed_form_and_the_best_point_merges_to_its_score(plane,
     assert facts["best"]["mean_dice"] == facts["merged_again"]["mean_dice"] == 1.0
     assert facts["validation"]["of"] == 6 and len(facts["validation"]["cases"]) == 1
     assert facts["held_out"]["best"]["mean_dice"] == 1.0 and facts["held_out"]["cases"] == ["case6", "case7"]
-    assert "the best recipe beats the default on held-out cases: +0.5000" in text
+    assert facts["held_out"]["heads_alone"]["mean_dice"] == np.mean([dice(organ, 0.0) for organ in ORGANS])
+    assert "the best recipe beats the default on held-out cases: +0.5000" in text and "(λ = 0)" in text
     assert (tmp_path / "s" / "heat_map.png").stat().st_size > 5000
 
     assert here("tools", "merge", "--recipe", tmp_path / "s/best.yaml", "--output", tmp_path / "m").returncode == 0

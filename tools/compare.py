@@ -15,9 +15,11 @@ import yaml
 
 from tools.bundle import Bundle
 from tools.errors import UserError, nearest
+from tools.evaluate import find_cases, score_bundle
 from tools.lineage import file_sha256
-from tools.merge import merge_recipe, split_paths
+from tools.merge import split_paths
 from tools.merge_methods import METHODS
+from tools.merge_scorer import MergeScorer
 from tools.recipe import Recipe
 from tools.scores import Score, read_scores, write_scores
 from tools.summary import mean_dice, summarise
@@ -107,15 +109,15 @@ class _Scorer:
     """Dice of bundles and recipes; what an earlier run scored is not scored again."""
 
     def __init__(self, output: Path, dataset_dir: str, split_file: str) -> None:
-        from tools.evaluate import find_cases
-
         self.output = output
         self.dataset_dir = dataset_dir
+        self._merges: MergeScorer | None = None
         self.cases = {part: find_cases(dataset_dir, part, split_file, 0) for part in ("val", "test")}
         for folder in ("recipes", "scores"):
             (output / folder).mkdir(parents=True, exist_ok=True)
 
     def recipe(self, recipe: Recipe, part: str) -> list[Score]:
+        """What ``merge`` and ``evaluate`` would find, without writing the bundle."""
         vectors = [TaskVector(path) for path in recipe.vectors]
         inputs = [vector.sha256 for vector in vectors]
         if METHODS[recipe.method].needs_statistics:
@@ -124,17 +126,17 @@ class _Scorer:
         scale = f"_{recipe.parameters['scale']:g}" if "scale" in recipe.parameters else ""
         path = self._path(f"{recipe.method}{scale}", part, [how, inputs])
         if not path.is_file():
-            with tempfile.TemporaryDirectory(dir=self.output) as folder:
-                merged = Path(folder) / "merged"
-                merge_recipe(recipe, merged, quiet=True)
-                self._score(Bundle(merged), part, path)
+            self._merges = self._merges or MergeScorer(recipe, self.dataset_dir, {})
+            scores = self._merges.scores(recipe, self.cases[part])
+            write_scores(path, [score for _, found in scores for score in found])
         return read_scores(path)
 
     def bundle(self, folder: Path, part: str) -> list[Score]:
         bundle = Bundle(folder)
         path = self._path(bundle.name, part, [file_sha256(bundle.weights().path)])
         if not path.is_file():
-            self._score(bundle, part, path)
+            with tempfile.TemporaryDirectory() as temporary:
+                write_scores(path, score_bundle(bundle, self.dataset_dir, self.cases[part], Path(temporary), {}))
         return read_scores(path)
 
     def keep(self, recipe: Recipe) -> None:
@@ -148,9 +150,3 @@ class _Scorer:
         facts = [*made_of, str(Path(self.dataset_dir).resolve()), *self.cases[part]]
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         return self.output / "scores" / f"{name}_{part}_{key[:16]}.csv"
-
-    def _score(self, bundle: Bundle, part: str, path: Path) -> None:
-        from tools.evaluate import score_bundle
-
-        with tempfile.TemporaryDirectory() as folder:
-            write_scores(path, score_bundle(bundle, self.dataset_dir, self.cases[part], Path(folder), {}))

@@ -1,4 +1,4 @@
-"""Dice of one recipe after another on the same cases: in one network, whose weights each merge replaces, and nothing is written.
+"""Scores one recipe after another on the same cases: in one network, whose weights each merge replaces, and nothing is written.
 
 The merge engine makes the weights, as for ``merge``, so a recipe scores here what its bundle scores in ``evaluate``. Task vectors
 stay open, and preprocessed cases stay in memory as far as they fit.
@@ -6,8 +6,9 @@ stay open, and preprocessed cases stay in memory as far as they fit.
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tools.labels import check_channels
 from tools.merge import merge_recipe
 from tools.merge_engine import MergeEngine
 from tools.recipe import Recipe
+from tools.scores import Score
 from tools.segmenter import Segmenter
 from tools.task_vector import TaskVector
 
@@ -57,7 +59,7 @@ class MergeScorer:
         self._kept: dict[str, _Case] = {}
         self._kept_bytes = 0
 
-    def scores(self, recipe: Recipe, cases: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, CaseDice]]:
+    def scores(self, recipe: Recipe, cases: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, list[Score]]]:
         """Merge, then segment and score case by case.
 
         Args:
@@ -65,17 +67,17 @@ class MergeScorer:
             cases: image and label paths by case.
 
         Yields:
-            Case and its Dice by label, of the labels that the dataset has.
+            Case, and Dice and volumes of each label that the dataset has; the bundle's name is the method's.
 
         Raises:
             UserError: the method refuses its parameters, or the merged weights would be infinite.
         """
         self._merge(recipe)
-        yield from self._scores(self.bundle, self._network, cases)
+        yield from self._scores(self.bundle, self._network, cases, recipe.method)
 
-    def bundle_scores(self, bundle: Bundle, cases: Mapping[str, Mapping[str, Any]]) -> dict[str, CaseDice]:
+    def bundle_scores(self, bundle: Bundle, cases: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Score]]:
         """The same of a merged bundle's own weights."""
-        return dict(self._scores(bundle, bundle.network(), cases))
+        return dict(self._scores(bundle, bundle.network(), cases, bundle.name))
 
     def _merge(self, recipe: Recipe) -> None:
         import torch
@@ -90,15 +92,15 @@ class MergeScorer:
                     tensors[name].copy_(values.view(tensors[name].shape))
 
     def _scores(
-        self, bundle: Bundle, network: Any, cases: Mapping[str, Mapping[str, Any]]
-    ) -> Iterator[tuple[str, CaseDice]]:
+        self, bundle: Bundle, network: Any, cases: Mapping[str, Mapping[str, Any]], title: str
+    ) -> Iterator[tuple[str, list[Score]]]:
         for name, files in cases.items():
             with bundle.code():
                 case = self._case(name, files)
                 label_map, affine = self._segmenter(case.image, network)
             if label_map.shape != case.reference.shape or not np.allclose(affine, case.affine, atol=1e-3):
                 raise UserError(f"case {name}: the label map is not on the grid of its image")
-            yield name, case.dice(label_map, self.channels)
+            yield name, case.scores(title, name, label_map, self.channels)
 
     def _case(self, name: str, files: Mapping[str, Any]) -> _Case:
         if name in self._kept:
@@ -144,18 +146,28 @@ class _Case:
     def size(self) -> int:
         return self.image["image"].nbytes + self.reference.nbytes
 
-    def dice(self, label_map: np.ndarray, channels: Mapping[str, list[int] | None]) -> CaseDice:
-        """Dice of every organ that the dataset has, from one count of which voxels have which label in both."""
+    def scores(
+        self, bundle: str, name: str, label_map: np.ndarray, channels: Mapping[str, list[int] | None]
+    ) -> list[Score]:
+        """Dice and volumes of every organ that the dataset has, from one count of which voxels have which label in both."""
         columns = 1 + max(len(channels), int(label_map.max()))
         pairs = self.reference.astype(np.int64) * columns + label_map
         counts = np.bincount(pairs.ravel(), minlength=len(self.values) * columns).reshape(-1, columns)
-        found: CaseDice = {}
+        millilitres = abs(np.linalg.det(self.affine[:3, :3])) / 1000
+        scores = []
         for channel, (label, values) in enumerate(channels.items(), start=1):
             if values is not None:
                 organ = counts[np.isin(self.values, values)]
                 truth, predicted = int(organ.sum()), int(counts[:, channel].sum())
-                found[label] = 2 * int(organ[:, channel].sum()) / (truth + predicted) if truth else float("nan")
-        return found
+                dice = 2 * int(organ[:, channel].sum()) / (truth + predicted) if truth else math.nan
+                volumes = [round(float(voxels * millilitres), 4) for voxels in (truth, predicted)]
+                scores.append(Score(bundle, name, label, round(dice, 6), math.nan, math.nan, *volumes))
+        return scores
+
+
+def case_dice(scores: Iterable[Score]) -> CaseDice:
+    """The Dice of one case's scores."""
+    return {score.label: score.dice for score in scores}
 
 
 def mean_dice(scores: Mapping[str, CaseDice]) -> dict[str, float]:

@@ -23,7 +23,7 @@ from tools.labels import parse_channels
 from tools.lineage import file_sha256
 from tools.merge import check_vectors, merge_recipe, split_paths
 from tools.merge_engine import MergeEngine
-from tools.merge_scorer import MergeScorer, mean_dice
+from tools.merge_scorer import CaseDice, MergeScorer, case_dice, mean_dice
 from tools.recipe import Recipe
 from tools.search_results import draw_heat_map, facts_of, held_out, write_trials
 from tools.search_space import LARGEST_GRID, SearchSpace, Value
@@ -223,7 +223,12 @@ def _report(folder: Path, search: Search, facts: dict[str, Any], test: tuple[str
     if test:
         part, cases = test
         recipes = {name: space.recipe(row.values) for name, row in marked.items()}
-        scores = {name: dict(scorer.scores(recipe, cases)) for name, recipe in recipes.items()}
+        files = recipe.pretrained, recipe.vectors
+        recipes["heads_alone"] = Recipe(*files, "task_arithmetic", {"scale": 0.0}, heads=recipe.heads)
+        scores = {
+            name: {case: case_dice(found) for case, found in scorer.scores(recipe, cases)}
+            for name, recipe in recipes.items()
+        }
         facts["held_out"] = {"part": part, "cases": list(cases), **held_out(scores)}
     (folder / "search.json").write_text(json.dumps(facts, indent=2))
     written = ["best.yaml", "trials.csv", "search.json"]
@@ -243,12 +248,12 @@ def _facts(row: Row) -> dict[str, Any]:
     return {"trial": row.number, "values": row.values, **facts_of(row.dice)}
 
 
-def _merged_again(path: Path, scorer: MergeScorer, cases: Mapping[str, dict]) -> dict[str, dict[str, float]]:
+def _merged_again(path: Path, scorer: MergeScorer, cases: Mapping[str, dict]) -> dict[str, CaseDice]:
     """Merge a recipe to a bundle and score that."""
     with tempfile.TemporaryDirectory() as temporary:
         merged = Path(temporary) / "merged"
         merge_recipe(Recipe.read(path), merged, quiet=True)
-        return scorer.bundle_scores(Bundle(merged), cases)
+        return {name: case_dice(scores) for name, scores in scorer.bundle_scores(Bundle(merged), cases).items()}
 
 
 def _print(facts: Mapping[str, Any]) -> None:

@@ -43,10 +43,10 @@ def facts_of(dice: Mapping[str, float]) -> dict[str, Any]:
 
 
 def held_out(scores: Mapping[str, Mapping[str, CaseDice]]) -> dict[str, Any]:
-    """Scores on held-out cases, and whether the best recipe's are better than the others', case by case.
+    """Scores on held-out cases, and whether the best recipe's are better than the default's, case by case.
 
     Args:
-        scores: by recipe, "default", maybe "equal_share", and "best"; by case; by label.
+        scores: by recipe, "default", maybe "equal_share", "best", and "heads_alone" for λ = 0; by case; by label.
 
     Returns:
         For search.json; its "statement" is for people.
@@ -65,7 +65,11 @@ def held_out(scores: Mapping[str, Mapping[str, CaseDice]]) -> dict[str, Any]:
         "high": round(high, 6),
         "cases": len(differences),
     }
-    facts["statement"] = _statement(facts["difference"])
+    alone = facts["heads_alone"]["mean_dice"]
+    facts["statement"] = (
+        f"{_statement(facts['difference'])}; the best has {facts['best']['mean_dice']:.4f}, "
+        f"the starting point with the new heads alone (λ = 0) {alone:.4f}"
+    )
     return facts
 
 

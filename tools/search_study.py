@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tools.errors import UserError
-from tools.merge_scorer import MergeScorer, mean_dice
+from tools.merge_scorer import MergeScorer, case_dice, mean_dice
 from tools.search_space import Coefficient, Range, SearchSpace, Value, readable
 
 if TYPE_CHECKING:
@@ -221,8 +221,8 @@ class Search:
         """Mean Dice of a trial; when it is pruned, an estimate from the cases that were scored."""
         values = self._values(trial)
         scores = {}
-        for step, (name, dice) in enumerate(self.scorer.scores(self.space.recipe(values), self.cases)):
-            scores[name] = dice
+        for step, (name, found) in enumerate(self.scorer.scores(self.space.recipe(values), self.cases)):
+            scores[name] = dice = case_dice(found)
             if np.isfinite([*dice.values()]).any():
                 trial.report(float(np.nanmean([*dice.values()])), step)
             if len(scores) < len(self.cases) and values not in self.space.starts and trial.should_prune():
