@@ -85,6 +85,12 @@ def test_a_step_is_repeated_when_one_that_it_builds_on_was(tmp_path):
     assert run_both() == ("xx", "xxx")
 
 
+def test_a_command_that_goes_on_by_itself_is_not_told_to_overwrite(tmp_path):
+    steps = Steps(tmp_path / "logs")
+    steps.run("stopped", ["python", "-m", "tools", "vendor", "--check"], tmp_path)  # it has no --overwrite
+    assert (tmp_path / "logs" / "stopped.done").is_file()
+
+
 def test_too_few_patients_are_refused(phantom_dataset, tmp_path):
     result = here("tools", "demo", "--dataset_dir", phantom_dataset, "--output", tmp_path / "demo")
     assert result.returncode == 1

@@ -13,6 +13,7 @@ from tools.errors import UserError, nearest
 
 COMMANDS = {
     "new_pretraining": "a copy of a pre-training bundle for the labels of an nnU-Net dataset, or for images without labels",
+    "linearize": "a starting point whose task vectors add up exactly, by a linearised network",
     "new_task": "a bundle that fine-tunes one task from a starting point",
     "convert": "a published checkpoint of another framework into a bundle",
     "inflate": "the weights of a 2D network into a 3D starting point",

@@ -7,6 +7,7 @@ MICCAI 2025).
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -14,8 +15,9 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +216,7 @@ class Steps:
                 print("  (done before)")
                 return
         words = [sys.executable, *shlex.split(line)[1:]]
-        if makes and makes.exists() and "tools" in words:
+        if makes and makes.exists() and "tools" in words and "overwrite" in _flags(words[3]):
             words.append("--overwrite")
         began = time.time()
         done.unlink(missing_ok=True)
@@ -227,6 +229,11 @@ class Steps:
             print(text)
         print(f"  {time.time() - began:.0f} s")
         done.write_text(line)
+
+
+def _flags(command: str) -> Collection[str]:
+    """Of a command of tools."""
+    return inspect.signature(getattr(import_module(f"tools.{command}"), command)).parameters.keys()
 
 
 def given(**values: int) -> dict[str, int]:

@@ -57,7 +57,7 @@ def diff(pretrained: str, finetuned: str, output: str, task: str = "", overwrite
         tool_version=__version__,
         data=specialist.data,
     )
-    backbone = {n: e for n, e in before.entries.items() if n not in structure.head and n not in structure.aliases}
+    backbone = {n: e for n, e in before.entries.items() if n not in structure.not_merged}
     floating = [name for name, entry in backbone.items() if entry.is_floating]
 
     head = {name: canonical_head(structure, name, after.array(name).astype(np.float32)) for name in structure.head}
@@ -99,6 +99,11 @@ def _check_backbones(
             f"{pretrained.path} and {finetuned.path} are not the same network: tensor {name} is "
             f"{shapes[0].get(name, 'missing')} in the first and {shapes[1].get(name, 'missing')} in the second"
         )
+    for name in structure.constants:
+        if not np.array_equal(before.array(name), after.array(name)):
+            raise UserError(
+                f"{pretrained.path} and {finetuned.path} differ in tensor {name}, which no training changes"
+            )
     for name in structure.head:
         shape = after.entries[name].shape if name in after.entries else ()
         if not structure.counts(name, shape, 1 + len(finetuned.labels)):

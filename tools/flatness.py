@@ -151,7 +151,7 @@ def surface_of(bundle: Bundle, images: Tensor, labels: Tensor, batch_size: int) 
         network = network.to(memory_format=torch.channels_last_3d)
     batches = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
     state = network.state_dict()
-    left_out = {*structure.head, *structure.aliases}
+    left_out = structure.not_merged
     moved = [name for name, tensor in state.items() if tensor.is_floating_point() and name not in left_out]
     return Surface(network, loss, batches, moved, frozenset(structure.transposed))
 

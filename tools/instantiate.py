@@ -168,7 +168,12 @@ def set_modulated(output: Path) -> None:
         path, {"imports": config.pop("imports"), "bundle_root": root, "modulated": True, **config, "inferer": inferer}
     )
     _add_scripts(output, "modulation")
-    for overlay in ("inference_compile", "inference_trt"):  # of networks whose weights stay the same
+    without_compiling(output)
+
+
+def without_compiling(output: Path) -> None:
+    """Take away the overlays that compile a network: they are for those that compute with the weights that they have."""
+    for overlay in ("inference_compile", "inference_trt"):
         (output / "configs" / f"{overlay}.json").unlink(missing_ok=True)
 
 

@@ -26,12 +26,14 @@ from tools.instantiate import (
     set_spare_channels,
     set_starting_point,
     update_metadata,
+    without_compiling,
 )
 from tools.lineage import backbone_sha256, file_sha256
 from tools.merge_engine import MergeEngine, merged_buffers
 from tools.merge_methods import METHODS
 from tools.merge_plan import describe_methods, plan_table
 from tools.modulators import write_modulators
+from tools.network import LINEARIZED
 from tools.output import complete_output
 from tools.recipe import Recipe
 from tools.task_vector import TaskVector
@@ -134,6 +136,8 @@ def merge_recipe(
         set_starting_point(folder, start, structure, out_channels=1 + len(label_map))
         set_labels(folder, label_map)
         set_spare_channels(folder, structure.spare_channels(len(vectors)))
+        if start.network_def()["_target_"] == LINEARIZED:
+            without_compiling(folder)
         write_weights(folder / "models" / "model.pt", engine, whole)
         if recipe.modulate:
             write_modulators(folder / "models" / "modulators.pt", engine)
@@ -226,6 +230,8 @@ def write_weights(path: Path, engine: MergeEngine, whole: Mapping[str, np.ndarra
 
     def data() -> Iterator[tuple[str, Iterator[np.ndarray]]]:
         yield from engine.pieces()
+        for name in engine.structure.constants:
+            yield name, iter([to_bytes(engine.start.array(name), layout[name][0])])
         for name, tensor in whole.items():
             yield name, iter([to_bytes(tensor, layout[name][0])])
 
@@ -269,8 +275,7 @@ def check_vectors(
     """
     first = vectors[0]
     structure = first.facts.structure
-    left_out = {*structure.head, *structure.aliases}
-    floating = {n: e.shape for n, e in weights.entries.items() if n not in left_out and e.is_floating}
+    floating = {n: e.shape for n, e in weights.entries.items() if n not in structure.not_merged and e.is_floating}
     for path, vector in zip(paths, vectors, strict=True):
         whose = f"{path} (task {vector.task})"
         if vector.facts.pretrained_sha256 != first.facts.pretrained_sha256 and not other_start:

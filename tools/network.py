@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 ENCODER = re.compile("enc|down|vit|swin|in_|input|stem|patch", re.IGNORECASE)
 DECODER = re.compile("dec|up|out|final|conv_final|conv_blocks_localization|seg|attention|merge", re.IGNORECASE)
 WITHOUT_SPARE_CHANNELS = "scripts.stacked_head.without_spare_channels"
+LINEARIZED = "scripts.tangent.tangent_network"
 OUTPUT_ARGUMENTS = ("out_channels", "num_classes", "n_classes", "out_chans")
 
 
@@ -37,6 +38,7 @@ class Structure:
             and value of torch's MultiheadAttention.
         plain: tensors with two or more axes that are no matrices, such as position embeddings.
         statistics: running means and variances.
+        constants: other buffers, which no training changes: a merge takes them from the starting point.
         aliases: names of tensors that are another one, and that one's name.
         inner: tensors of the head whose inputs are classes too, each with the axis that counts those.
         last_layer: of a head of several layers, the tensors of its last one; empty for a head of one layer.
@@ -48,6 +50,7 @@ class Structure:
     groups: dict[str, int] = field(default_factory=dict)
     plain: list[str] = field(default_factory=list)
     statistics: list[str] = field(default_factory=list)
+    constants: list[str] = field(default_factory=list)
     aliases: dict[str, str] = field(default_factory=dict)
     inner: dict[str, int] = field(default_factory=dict)
     last_layer: list[str] = field(default_factory=list)
@@ -60,6 +63,11 @@ class Structure:
     def class_axes(self, name: str) -> tuple[int, ...]:
         """The axes of a tensor of the head that count classes: of its outputs, and maybe of its inputs."""
         return (self.head[name], self.inner[name]) if name in self.inner else (self.head[name],)
+
+    @property
+    def not_merged(self) -> set[str]:
+        """The tensors that no task vector has: head, aliases and constants."""
+        return {*self.head, *self.aliases, *self.constants}
 
     def counts(self, name: str, shape: tuple[int, ...], channels: int) -> bool:
         """Whether a tensor of the head has this shape for a number of channels, as far as it depends on it."""
@@ -168,6 +176,9 @@ def describe(network_def: Mapping[str, Any]) -> Structure:
     head = {name: axes[0] for name, axes in ordered.items()}
     backbone = [name for name in distinct if name not in head]
     tensors = few.state_dict()
+    statistics = [name for name in backbone if name in layers.statistics]
+    buffers = [name for name, buffer in few.named_buffers() if buffer.is_floating_point()]
+    constants = [name for name in buffers if name in backbone and name not in statistics]
     structure = Structure(
         head,
         transposed=[name for name in backbone if name in layers.transposed],
@@ -175,9 +186,13 @@ def describe(network_def: Mapping[str, Any]) -> Structure:
         plain=[
             name
             for name in backbone
-            if tensors[name].dim() > 1 and tensors[name].is_floating_point() and name not in layers.matrices
+            if tensors[name].dim() > 1
+            and tensors[name].is_floating_point()
+            and name not in layers.matrices
+            and name not in constants
         ],
-        statistics=[name for name in backbone if name in layers.statistics],
+        statistics=statistics,
+        constants=constants,
         aliases=aliases,
         inner={name: axes[1] for name, axes in ordered.items() if len(axes) == 2},
     )

@@ -59,6 +59,8 @@ class Start:
         settings: of its training, other than the overlay's; batch_size in units of the study's.
         fine_tuning: settings of what is fine-tuned from it.
         learns: "labels", "images" (of the pre-training group), "own images" (of the fine-tuning group) or "" (random weights).
+        longer: times the study's steps of pre-training.
+        linear: the starting point is linearised, and what is fine-tuned from it.
     """
 
     bundle: str
@@ -66,16 +68,23 @@ class Start:
     settings: Mapping[str, float] = field(default_factory=dict)
     fine_tuning: Mapping[str, float] = field(default_factory=dict)
     learns: str = "labels"
+    longer: int = 1
+    linear: bool = False
 
 
 # for a start that knows no organ: features must change, which the published decay towards the start holds back
 FREELY = {"learning_rate": 3e-3, "head_learning_rate": 3e-3, "weight_decay": 0, "frozen_epochs": 0, "warmup_steps": 20}
 # stable and sharp differ as the published ones do: learning rate by 10, batch size by 2, dropout
+STABLE = {"learning_rate": 4e-3, "dropout": 0.1}
+SHARP = {"learning_rate": 4e-4, "dropout": 0.0, "batch_size": 2}
 STARTS = {
-    "stable": Start("pretrain_amos", "small", {"learning_rate": 4e-3, "dropout": 0.1}),
-    "sharp": Start("pretrain_amos", "small", {"learning_rate": 4e-4, "dropout": 0.0, "batch_size": 2}),
-    "sam": Start("pretrain_amos", "small,sam", {"learning_rate": 4e-3, "dropout": 0.1}),
-    "swa": Start("pretrain_amos", "small,swa", {"learning_rate": 4e-3, "dropout": 0.1}),
+    "stable": Start("pretrain_amos", "small", STABLE),
+    "sharp": Start("pretrain_amos", "small", SHARP),
+    "sharp_long": Start("pretrain_amos", "small", SHARP, longer=8),  # learns slowly: so that it has learned as much
+    "sam": Start("pretrain_amos", "small,sam", STABLE),
+    "swa": Start("pretrain_amos", "small,swa", STABLE),
+    "budget": Start("pretrain_amos", "small", STABLE, {"norm_budget": 0.02}),
+    "tangent": Start("pretrain_amos", "small", STABLE, linear=True),
     "scratch": Start("pretrain_amos", "small", fine_tuning=FREELY, learns=""),
     "genesis": Start("pretrain_genesis", "small,residual", {"learning_rate": 3e-3}, FREELY, learns="images"),
     "mae": Start("pretrain_genesis", "small,residual,mae", {"learning_rate": 3e-3}, FREELY, learns="images"),
@@ -119,7 +128,8 @@ def study(
     Args:
         dataset_dir: labelled nnU-Net raw datasets, separated by commas.
         output: folder of the runs.
-        starts: starting points: stable, sharp, sam, swa, scratch, genesis, mae, lwi.
+        starts: starting points: stable, sharp, sharp_long (eight times the steps), scratch, genesis, mae, lwi; what may make
+            stable merge better: sam, swa (in pre-training), budget (short task vectors), tangent (linearised).
         seeds: how many; each has its own split, pre-training and fine-tuning.
         tasks: dictionary of task names and labels; default: those of the study, or every label of another dataset.
         unseen: pre-train on the labels that belong to no task, so that all tasks are new to the starting point.
@@ -212,6 +222,10 @@ def _one(folder: Path, dataset: Path, wanted: Mapping[str, list], name: str, see
     steps = Steps(folder / "logs")
     cohorts = real_cohorts(dataset, folder.parent, seed)
     start = _starting_point(steps, folder, cohorts, wanted, STARTS[name], seed, size)
+    if STARTS[name].linear:
+        linear = folder / "linear"
+        steps.run("linearize", tools("linearize", bundle=start, output=linear), linear, ["pretrain"])
+        start = linear
     split = cohorts.splits / "finetune.json"
     cases = json.loads(split.read_text())[0]["train"]
     overrides = {"split_file": split, "seed": seed, "batch_size": size.batch_size}
@@ -280,7 +294,8 @@ def _starting_point(
             random_weights(bundle, seed)
             done.touch()
         return bundle
-    overrides = {**start.settings, "seed": seed, **_epochs(size.pretrain_steps, len(cases), size.batch_size)}
+    steps_wanted = size.pretrain_steps * start.longer
+    overrides = {**start.settings, "seed": seed, **_epochs(steps_wanted, len(cases), size.batch_size)}
     overrides["batch_size"] = size.batch_size * start.settings.get("batch_size", 1)
     if start.learns == "labels":
         overrides["split_file"] = split
