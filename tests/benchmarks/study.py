@@ -105,6 +105,7 @@ class Size:
     finetune_steps: int
     scales: str
     unseen: bool
+    spacing: float = 0
 
 
 def study(
@@ -120,6 +121,7 @@ def study(
     pretrain_steps: int = 400,
     finetune_steps: int = 240,
     scales: str = "0.1,0.2,0.4,0.8",
+    spacing: float = 0,
 ) -> None:
     """Pre-train, fine-tune, merge by every method and compare, for each dataset, starting point and seed.
 
@@ -139,9 +141,10 @@ def study(
         pretrain_steps: of training a starting point.
         finetune_steps: of each task, frozen epochs included.
         scales: λ to choose from.
+        spacing: of the voxels to resample images to, mm; 0 for as they are. Large organs need as much of the image in a patch.
     """
     scales = ",".join(split_paths(scales))
-    size = Size(width, patch_size, batch_size, pretrain_steps, finetune_steps, scales, unseen)
+    size = Size(width, patch_size, batch_size, pretrain_steps, finetune_steps, scales, unseen, spacing)
     folder = Path(output)
     chosen = split_paths(starts)
     for name in chosen:
@@ -284,8 +287,9 @@ def _starting_point(
         setup["dataset_dir"] = _images(cohorts.pretrain, cases, folder / "images")
     new = tools("new_pretraining", **setup, patch_size=size.patch_size, output=bundle)
     steps.run("pretrain_setup", new, bundle)
+    set_values(bundle, {"spacing": [size.spacing] * 3 if size.spacing else None})
     if start.bundle == "pretrain_lwi":  # UNETR, a token of which is 16 voxels long
-        set_values(bundle, {"slabs": size.patch_size // 16, "spacing": None})
+        set_values(bundle, {"slabs": size.patch_size // 16})
     else:
         set_values(bundle, {"width": size.width})
     if not start.learns:
