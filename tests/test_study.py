@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 
 from tests.benchmarks.study import Results, Size
+from tests.conftest import ROOT
+from tools.bundle import read_json
 from tools.errors import UserError
 
 SIZE = Size(width=8, patch_size=32, batch_size=2, pretrain_steps=400, finetune_steps=96, scales="0.1,0.4", unseen=False)
@@ -29,3 +31,12 @@ def test_results_of_another_size_are_not_mixed(tmp_path):
     Results(tmp_path / "results.json", SIZE).add("HeadNeck", "stable", 0, {"average": (0.4, 0.8)})
     with pytest.raises(UserError, match=r"'width': 8.*another --output"):
         Results(tmp_path / "results.json", replace(SIZE, width=16))
+
+
+def test_the_documentation_has_the_tables_of_the_results():
+    path = ROOT / "docs" / "study.json"
+    tables = Results(path, Size(**read_json(path)["size"])).table().split("**Dataset")[1:]
+    text = (ROOT / "docs" / "results.md").read_text()
+    assert len(tables) == 2
+    for table in tables:
+        assert table.split("\n", 1)[1].strip() in text

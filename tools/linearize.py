@@ -22,7 +22,7 @@ def linearize(bundle: str, output: str, overwrite: bool = False) -> None:
     """Make a starting point of a bundle's weights whose backbone is linearised around them.
 
     It segments as the bundle does. What ``new_task`` fine-tunes from it, ``merge`` merges and everything else uses is the
-    network's first-order expansion (see ``scripts/tangent.py``; Ortiz-Jimenez et al., NeurIPS 2023): two to three times the time,
+    network's first-order expansion (see ``scripts/tangent.py``; Ortiz-Jimenez et al., NeurIPS 2023): two to four times the time,
     and a model.pt of twice the size; task vectors are as large as ever. They fit no other starting point, the bundle's own
     neither.
 

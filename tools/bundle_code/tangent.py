@@ -18,7 +18,7 @@ class TangentNetwork(nn.Module):
 
     The output is f(x; θ0, h) + J(x; θ0, h) (θ - θ0), with J the derivative by the backbone and h the head: where the head is one
     linear layer, h of the linearised features. Merged task vectors then add what they do to the features, and none changes
-    what another one does. A pass takes two to three times as long as the network's own, and the weights are there twice.
+    what another one does. A pass takes two to four times as long as the network's own, and the weights are there twice.
 
     Args:
         network: its parameters are θ and h; the point is what θ is now.
