@@ -61,6 +61,7 @@ class Start:
         learns: "labels", "images" (of the pre-training group), "own images" (of the fine-tuning group) or "" (random weights).
         longer: times the study's steps of pre-training.
         linear: the starting point is linearised, and what is fine-tuned from it.
+        orthogonal: each task is fine-tuned orthogonally to those before it.
     """
 
     bundle: str
@@ -70,6 +71,7 @@ class Start:
     learns: str = "labels"
     longer: int = 1
     linear: bool = False
+    orthogonal: bool = False
 
 
 # for a start that knows no organ: features must change, which the published decay towards the start holds back
@@ -84,6 +86,7 @@ STARTS = {
     "sam": Start("pretrain_amos", "small,sam", STABLE),
     "swa": Start("pretrain_amos", "small,swa", STABLE),
     "budget": Start("pretrain_amos", "small", STABLE, {"norm_budget": 0.02}),
+    "orthogonal": Start("pretrain_amos", "small", STABLE, orthogonal=True),
     "tangent": Start("pretrain_amos", "small", STABLE, linear=True),
     "scratch": Start("pretrain_amos", "small", fine_tuning=FREELY, learns=""),
     "genesis": Start("pretrain_genesis", "small,residual", {"learning_rate": 3e-3}, FREELY, learns="images"),
@@ -131,7 +134,8 @@ def study(
         dataset_dir: labelled nnU-Net raw datasets, separated by commas.
         output: folder of the runs.
         starts: starting points: stable, sharp, sharp_long (eight times the steps), scratch, genesis, mae, lwi; what may make
-            stable merge better: sam, swa (in pre-training), budget (short task vectors), tangent (linearised).
+            stable merge better: sam, swa (in pre-training), budget (short task vectors), orthogonal (to those of the tasks
+            before), tangent (linearised).
         seeds: how many; each has its own split, pre-training and fine-tuning.
         tasks: dictionary of task names and labels; default: those of the study, or every label of another dataset.
         unseen: pre-train on the labels that belong to no task, so that all tasks are new to the starting point.
@@ -234,14 +238,18 @@ def _one(folder: Path, dataset: Path, wanted: Mapping[str, list], name: str, see
     overrides = {"split_file": split, "seed": seed, "batch_size": size.batch_size}
     overrides |= _epochs(size.finetune_steps, len(cases), size.batch_size)
     overrides |= {"frozen_epochs": overrides["max_epochs"] // 4, **STARTS[name].fine_tuning}
-    vectors, specialists = [], []
+    vectors: list[Path] = []
+    specialists: list[Path] = []
     scans = {"images": dataset.resolve(), "part": "train", "split_file": split, "scans": UNLABELLED_SCANS}
     for task, labels in [*wanted.items(), ("joint training", wanted)]:
         bundle, vector = folder / slug(task), folder / f"{slug(task)}.safetensors"
         channels = labels if task == "joint training" else {task: labels}
         new = {"pretrained": start, "dataset_dir": dataset.resolve(), "task": task, "labels": json.dumps(channels)}
         steps.run(f"{slug(task)}_setup", tools("new_task", **new, overlay="small", output=bundle), bundle, ["pretrain"])
-        steps.run(slug(task), train(bundle, **overrides), bundle / "models/model.pt", [f"{slug(task)}_setup"])
+        earlier = vectors if STARTS[name].orthogonal and task != "joint training" else []
+        own = {"orthogonal_to": str([str(path.resolve()) for path in earlier])} if earlier else {}
+        before = [f"{slug(task)}_setup", *(f"{path.stem}_diff" for path in earlier)]
+        steps.run(slug(task), train(bundle, **overrides, **own), bundle / "models/model.pt", before)
         if task == "joint training":
             break
         diff = tools("diff", pretrained=start, finetuned=bundle, output=vector)
