@@ -11,7 +11,14 @@ import torch
 from tests.conftest import here
 from tests.test_merge import refused
 from tools.bundle import Bundle, read_json, write_json
-from tools.calibration import Counts, calibrate, expected_calibration_error, margins, summarise_calibration
+from tools.calibration import (
+    Counts,
+    calibrate,
+    calibration_markdown,
+    expected_calibration_error,
+    margins,
+    summarise_calibration,
+)
 
 
 def test_the_error_is_the_gap_between_probability_and_frequency():
@@ -38,6 +45,26 @@ def test_boxes_add_up_to_the_case():
     assert found["conflicts"][0] == {"labels": ["one", "two"], "ml": pytest.approx(2 * 8 * 3)}
     summary = summarise_calibration([found, {**found, "ece": dict.fromkeys(found["ece"])}]).as_dict()
     assert summary["ece"]["one"]["cases"] == 1 and summary["conflicts"][0]["ml"]["mean"] == pytest.approx(48)
+
+
+def test_a_temperature_undoes_shrunk_margins_and_is_judged_on_cases_that_it_was_not_found_on():
+    """Organ as often as probabilities say; then all margins are a quarter of what they were, as after a merge of four."""
+    random, cases = np.random.default_rng(0), []
+    for seed, by in enumerate((1, 4, 4, 4)):
+        over = torch.from_numpy(random.normal(0, 3, (20, 30, 40)))
+        chance = torch.rand(over.shape, generator=torch.Generator().manual_seed(seed))
+        counts = Counts((chance < over.sigmoid()).long(), {"organ": [1]}, np.eye(4))
+        counts.add((slice(0, 20), slice(0, 30), slice(0, 40)), over[..., None] / by)
+        cases.append(counts.result())
+    right, shrunk = summarise_calibration(cases[:1] * 2), summarise_calibration(cases[1:])
+    assert right.temperatures["organ"] == pytest.approx(1, abs=0.03) and right.scaled_mean.mean < 0.01
+    assert shrunk.temperatures["organ"] == pytest.approx(1 / 4, rel=0.03)
+    assert shrunk.ece["organ"].mean > 0.1 and shrunk.scaled["organ"].mean < 0.01
+    mixed = summarise_calibration(cases[:2])
+    assert mixed.scaled["organ"].mean > 0.1, "each with the other's temperature"
+    assert summarise_calibration(cases[:1]).temperatures == {}, "there is no other case"
+    table = calibration_markdown({"merged": shrunk, "liver": right})
+    assert f"| merged | {shrunk.scaled['organ'].mean:.3f} (0.25) |" in table
 
 
 def test_margins_of_probabilities_are_those_of_logits_and_air_is_background():

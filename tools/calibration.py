@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BINS = 15
+WIDTH, LARGEST = (
+    0.05,
+    20.0,
+)  # of the margins' own, finer bins, from which temperatures are found; larger margins count as this
+TEMPERATURES = (0.05, 20.0)  # to look among
 AROUND_MM = 10.0  # voxels further away are background that every model is sure of: they would hide everything else
 OURS = "scripts.sliding_window.SlidingWindow"
 
@@ -109,7 +114,9 @@ class Counts:
             if values is not None
         }
         self.claimed = torch.zeros(len(channels), len(channels), dtype=torch.float64)
-        self.bins = {label: torch.zeros(3, BINS, dtype=torch.float64) for label, r in self.regions.items() if r}
+        seen = [label for label, region in self.regions.items() if region]
+        self.bins = {label: torch.zeros(3, BINS, dtype=torch.float64) for label in seen}
+        self.margins = {label: torch.zeros(2, len(_centres()), dtype=torch.float64) for label in seen}
 
     def add(self, box: tuple[slice, ...], over: Tensor) -> None:
         """Take in the margins ``(d, h, w, C)`` of the organs over background in a box."""
@@ -128,13 +135,23 @@ class Counts:
         place = (probability * BINS).long().clamp(max=BINS - 1)
         rows = [torch.bincount(place, weight, BINS) for weight in (torch.ones_like(truth), probability, truth)]
         self.bins[label] += torch.stack(rows).cpu()
+        places = len(_centres())
+        place = ((over.double() + LARGEST) / WIDTH).clamp(0, places - 1).long()
+        self.margins[label] += torch.bincount(place + places * truth.long(), minlength=2 * places).view(2, -1).cpu()
 
     def result(self) -> dict[str, Any]:
-        """For each label the "ece", null where the reference does not have it, and "claimed_ml"; for each pair "conflicts"."""
+        """For each label the "ece", null where the reference does not have it, and "claimed_ml"; for each pair "conflicts".
+
+        And, of labels that it has, the "margins": rows of bin, voxels of background, voxels of the organ; empty ones left out.
+        """
         labels, claimed = list(self.channels), (self.claimed * self.millilitres).tolist()
         errors = {label: expected_calibration_error(*bins.numpy()) for label, bins in self.bins.items()}
         return {
             "ece": {label: errors.get(label) for label in labels},
+            "margins": {
+                label: [[place, *bins[:, place].long().tolist()] for place in bins.any(0).nonzero().flatten().tolist()]
+                for label, bins in self.margins.items()
+            },
             "claimed_ml": {label: claimed[i][i] for i, label in enumerate(labels)},
             "conflicts": [
                 {"labels": [labels[i], labels[j]], "ml": claimed[i][j]} for i, j in combinations(range(len(labels)), 2)
@@ -155,6 +172,37 @@ def expected_calibration_error(counts: np.ndarray, probability: np.ndarray, trut
     return float(np.abs(probability - truth).sum() / counts.sum())
 
 
+def temperature(margins: np.ndarray) -> float:
+    """What margins have to be divided by to be most likely: above 1 for a model that is too sure.
+
+    Args:
+        margins: voxels of background and of the organ (2, bins), in bins as ``Counts`` has them.
+
+    Source: Guo et al., section 4.2.
+    """
+    from scipy.optimize import minimize_scalar
+
+    signed = np.array([[1.0], [-1.0]]) * _centres()
+    found = minimize_scalar(
+        lambda log: (margins * np.logaddexp(0, signed * np.exp(-log))).sum(),
+        bounds=np.log(TEMPERATURES),
+        method="bounded",
+    )
+    return float(np.exp(found.x))
+
+
+def scaled_error(margins: np.ndarray, by: float) -> float:
+    """The expected calibration error when margins, in the bins of ``Counts``, are divided by a temperature."""
+    probability = 1 / (1 + np.exp(-_centres() / by))
+    place = (probability * BINS).astype(int)
+    rows = (margins.sum(0), margins.sum(0) * probability, margins[1])
+    return expected_calibration_error(*(np.bincount(place, row, BINS) for row in rows))
+
+
+def _centres() -> np.ndarray:
+    return np.arange(-LARGEST + WIDTH / 2, LARGEST, WIDTH)
+
+
 @dataclass(frozen=True)
 class CalibrationSummary:
     """Means over cases.
@@ -162,17 +210,26 @@ class CalibrationSummary:
     Attributes:
         ece: expected calibration error by label.
         mean: over labels.
+        temperatures: by label, found on all cases.
+        scaled: by label, the error with temperatures that were found on the other cases.
+        scaled_mean: over labels.
         conflicts: by pair of labels, the volume that both claim, ml.
     """
 
     ece: dict[str, Estimate]
     mean: Estimate
+    temperatures: dict[str, float]
+    scaled: dict[str, Estimate]
+    scaled_mean: Estimate
     conflicts: dict[tuple[str, str], Estimate]
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "ece": {label: value.as_dict() for label, value in self.ece.items()},
             "mean": self.mean.as_dict(),
+            "temperatures": self.temperatures,
+            "scaled_ece": {label: value.as_dict() for label, value in self.scaled.items()},
+            "scaled_mean": self.scaled_mean.as_dict(),
             "conflicts": [{"labels": list(pair), "ml": value.as_dict()} for pair, value in self.conflicts.items()],
         }
 
@@ -181,24 +238,66 @@ def summarise_calibration(cases: Sequence[Mapping[str, Any]]) -> CalibrationSumm
     """Means over cases of what ``calibrate`` wrote for one bundle."""
     labels = list(cases[0]["ece"])
     errors = np.array([[case["ece"][label] for label in labels] for case in cases], dtype=float)
+    temperatures: dict[str, float] = {}
+    scaled = np.full_like(errors, np.nan)
+    for column, label in enumerate(labels):
+        margins = {
+            row: _histogram(case["margins"][label]) for row, case in enumerate(cases) if label in case["margins"]
+        }
+        total = sum(margins.values())
+        if len(margins) > 1:
+            temperatures[label] = temperature(total)
+            for row, own in margins.items():
+                scaled[row, column] = scaled_error(own, temperature(total - own))
     pairs = [tuple(pair["labels"]) for pair in cases[0]["conflicts"]]
     volumes = np.array([[pair["ml"] for pair in case["conflicts"]] for case in cases], dtype=float)
     return CalibrationSummary(
         {label: estimate(errors[:, [i]]) for i, label in enumerate(labels)},
         estimate(errors),
+        temperatures,
+        {label: estimate(scaled[:, [i]]) for i, label in enumerate(labels)},
+        estimate(scaled),
         {pair: estimate(volumes[:, [i]]) for i, pair in enumerate(pairs)},
     )
 
 
+def _histogram(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """The margins' bins (2, bins) of their rows of place, background and organ."""
+    bins = np.zeros((2, len(_centres())))
+    for place, background, organ in rows:
+        bins[:, place] = background, organ
+    return bins
+
+
 def calibration_markdown(bundles: Mapping[str, CalibrationSummary]) -> str:
-    """A table of calibration errors, and one of the conflicts that are not zero when rounded."""
+    """Tables of calibration errors, as they are and with temperatures, and of the conflicts that are not zero when rounded."""
     labels = list(dict.fromkeys(label for bundle in bundles.values() for label in bundle.ece))
-    title = f"Calibration error of the organs' probabilities within {AROUND_MM:g} mm of them (less is better)"
-    lines = [f"**{title}**", "", "| | " + " | ".join([*labels, "mean"]) + " |", "|---" * (len(labels) + 2) + "|"]
+
+    def table(title: str, cells: Mapping[str, Mapping[str, str]]) -> list[str]:
+        rows = [
+            f"| {name} | " + " | ".join(row.get(label, "") for label in [*labels, "mean"]) + " |"
+            for name, row in cells.items()
+        ]
+        return [
+            f"**{title}**",
+            "",
+            "| | " + " | ".join([*labels, "mean"]) + " |",
+            "|---" * (len(labels) + 2) + "|",
+            *rows,
+        ]
+
+    as_they_are, scaled = {}, {}
     for name, bundle in bundles.items():
-        mean = bundle.mean if len(bundle.ece) == len(labels) else None
-        cells = [cell(value, 3) for value in [*map(bundle.ece.get, labels), mean]]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        all_labels = len(bundle.ece) == len(labels)
+        as_they_are[name] = {label: cell(value, 3) for label, value in bundle.ece.items()}
+        as_they_are[name]["mean"] = cell(bundle.mean, 3) if all_labels else ""
+        scaled[name] = {label: cell(bundle.scaled[label], 3, t) for label, t in bundle.temperatures.items()}
+        scaled[name]["mean"] = cell(bundle.scaled_mean, 3) if all_labels else ""
+    title = f"Calibration error of the organs' probabilities within {AROUND_MM:g} mm of them (less is better)"
+    lines = table(title, as_they_are)
+    if any(bundle.temperatures for bundle in bundles.values()):
+        title = "The same with each organ's margins divided by a temperature, found on the other cases (in brackets: on all)"
+        lines += ["", *table(title, scaled)]
     conflicts = [
         f"| {name} | {' and '.join(pair)} | {cell(value, 2)} |"
         for name, bundle in bundles.items()
