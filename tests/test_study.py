@@ -1,12 +1,13 @@
-"""The study's file of results: several runs add to it, and it knows what they were runs of."""
+"""The study's file of results, which several runs add to, its table and its picture."""
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from tests.benchmarks.study import Results, Size
+from tests.benchmarks.study import STARTS
+from tests.benchmarks.study_results import Results, Size, draw
 from tests.conftest import ROOT
-from tools.bundle import read_json
 from tools.errors import UserError
 
 SIZE = Size(width=8, patch_size=32, batch_size=2, pretrain_steps=400, finetune_steps=96, scales="0.1,0.4", unseen=False)
@@ -21,7 +22,7 @@ def test_runs_that_share_a_file_keep_each_others_results(tmp_path):
     found = Results(path, SIZE)
     assert set(found.of("HeadNeck", "stable")) == {0, 1} and set(found.of("HeadNeck", "sharp")) == {0}
     assert found.of("HeadNeck", "scratch") == {}
-    lines = found.table().splitlines()
+    lines = found.table(["unused", "stable"]).splitlines()
     assert "| | stable (seeds: 2) | sharp (seeds: 1) |" in lines
     assert "| average | 0.500 ± 0.141 (0.85) | 0.100 (0.20) |" in lines
     assert lines[-1] == "| starting point: loss | 2.000 |  |"  # after the merges
@@ -33,10 +34,24 @@ def test_results_of_another_size_are_not_mixed(tmp_path):
         Results(tmp_path / "results.json", replace(SIZE, width=16))
 
 
+def test_the_picture_has_a_cell_for_each_method_and_start(tmp_path):
+    from matplotlib.image import imread
+
+    results = Results(tmp_path / "results.json", SIZE)
+    results.add("Dataset1_HeadNeck", "stable", 0, {"specialists": (0.5,), "average": (0.4, 0.0), "ties": (0.4, 1.0)})
+    results.add("Dataset1_HeadNeck", "sharp", 0, {"specialists": (0.5,), "ties": (0.4, 1.0)})
+    draw([results], tmp_path / "results.png")
+    pixels = imread(tmp_path / "results.png")[..., :3].reshape(-1, 3)
+    yellow, purple = (
+        (np.abs(pixels - colour).max(1) < 0.02).sum() for colour in ((0.993, 0.906, 0.144), (0.267, 0.005, 0.329))
+    )
+    assert 1.5 < yellow / purple < 2.5, "two cells keep all, one keeps nothing, and one is empty"
+
+
 def test_the_documentation_has_the_tables_of_the_results():
-    path = ROOT / "docs" / "study.json"
-    tables = Results(path, Size(**read_json(path)["size"])).table().split("**Dataset")[1:]
     text = (ROOT / "docs" / "results.md").read_text()
-    assert len(tables) == 2
-    for table in tables:
-        assert table.split("\n", 1)[1].strip() in text
+    studies = [*(ROOT / "docs").glob("study*.json")]
+    assert studies
+    for path in studies:
+        for table in Results.read(path).table(STARTS).split("**Dataset")[1:]:
+            assert table.split("\n", 1)[1].strip() in text

@@ -13,20 +13,19 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import fire
-import numpy as np
 
 from tests.benchmarks.label_efficiency import modality_overlay, random_weights
+from tests.benchmarks.study_results import FLATNESS, Results, Size, draw
 from tools.bundle import read_json
 from tools.demo import Cohorts, Steps, real_cohorts, slug, tools, train
 from tools.errors import UserError, nearest
 from tools.instantiate import set_values
 from tools.labels import parse_channels
 from tools.merge import split_paths
-from tools.output import complete_output
 
 ROOT = Path(__file__).parents[2]
 TASKS = {
@@ -97,20 +96,6 @@ STARTS = {
 }
 
 
-@dataclass(frozen=True)
-class Size:
-    """What all runs of a study have in common."""
-
-    width: int
-    patch_size: int
-    batch_size: int
-    pretrain_steps: int
-    finetune_steps: int
-    scales: str
-    unseen: bool
-    spacing: float = 0
-
-
 def study(
     dataset_dir: str,
     output: str = "runs/study",
@@ -128,7 +113,8 @@ def study(
 ) -> None:
     """Pre-train, fine-tune, merge by every method and compare, for each dataset, starting point and seed.
 
-    Writes results.json and, as a table, results.md. Several studies at once may share a folder if their starting points differ.
+    Writes results.json and, as a table and a picture, results.md and results.png. Several studies at once may share a folder if
+    their starting points differ.
 
     Args:
         dataset_dir: labelled nnU-Net raw datasets, separated by commas.
@@ -163,64 +149,8 @@ def study(
                     run = folder / dataset.name / f"seed_{seed}" / name
                     _one(run, dataset, labels, name, seed, size)
                     results.add(dataset.name, name, seed, _merges(run) | _flatness(run))
-                (folder / "results.md").write_text(results.table())
-
-
-class Results:
-    """What the study has found, in a file: runs that are in it are not run again, wherever their folders are.
-
-    Args:
-        path: of the file; made with the first result.
-        size: of the runs.
-
-    Raises:
-        UserError: the results in the file are of runs of another size.
-    """
-
-    def __init__(self, path: Path, size: Size) -> None:
-        self.path = path
-        self.size = asdict(size)
-        self.runs: dict[str, dict[str, dict[str, dict[str, list[float]]]]] = {}
-        self._read()
-
-    def _read(self) -> None:
-        if self.path.is_file():
-            found = read_json(self.path)
-            if found.get("size") != self.size:
-                raise UserError(
-                    f"{self.path} has results of another size, {found.get('size')}; choose another --output"
-                )
-            self.runs = found["runs"]
-
-    def of(self, dataset: str, start: str) -> dict[int, dict[str, list[float]]]:
-        """By seed, for each row of the table its mean Dice and normalized accuracy, or one figure of another kind."""
-        return {int(seed): rows for seed, rows in self.runs.get(dataset, {}).get(start, {}).items()}
-
-    def add(self, dataset: str, start: str, seed: int, rows: Mapping[str, Sequence[float]]) -> None:
-        """Take in a run, and write the file anew with what others have added to it."""
-        self._read()
-        self.runs.setdefault(dataset, {}).setdefault(start, {})[str(seed)] = {k: list(v) for k, v in rows.items()}
-        with complete_output(self.path, overwrite=True) as path:
-            path.write_text(json.dumps({"size": self.size, "runs": self.runs}, indent=1))
-
-    def table(self) -> str:
-        """For each dataset, mean Dice by merge method and starting point, and how flat the starting points are."""
-        lines = [
-            "Mean Dice over tasks on test patients, mean ± standard deviation over seeds; in brackets the normalized accuracy",
-            "(mean over tasks of merged ÷ specialist).",
-            "",
-        ]
-        for dataset, starts in self.runs.items():
-            seeds = {start: self.of(dataset, start) for start in starts}
-            titles = dict.fromkeys(title for runs in seeds.values() for rows in runs.values() for title in rows)
-            lines += [f"**{dataset}**", ""]
-            lines += ["| | " + " | ".join(f"{start} (seeds: {len(runs)})" for start, runs in seeds.items()) + " |"]
-            lines += ["|---" * (1 + len(seeds)) + "|"]
-            for title in sorted(titles, key=lambda title: title.startswith("starting point:")):
-                cells = [[rows[title] for rows in runs.values() if title in rows] for runs in seeds.values()]
-                lines.append(f"| {title} | " + " | ".join(map(_cell, cells)) + " |")
-            lines.append("")
-        return "\n".join(lines)
+                (folder / "results.md").write_text(results.table(STARTS))
+                draw([results], folder / "results.png", STARTS)
 
 
 def _one(folder: Path, dataset: Path, wanted: Mapping[str, list], name: str, seed: int, size: Size) -> None:
@@ -375,15 +305,7 @@ def _flatness(run: Path) -> dict[str, tuple[float, ...]]:
         for noise in measured["noise"][-2:]
     }
     figures["top Hessian eigenvalue, relative"] = measured["hessian_top_relative"]
-    return {f"starting point: {title}": (value,) for title, value in figures.items()}
-
-
-def _cell(values: Sequence[tuple[float, ...]]) -> str:
-    if not values:
-        return ""
-    value, *share = np.array(values).T
-    spread = f" ± {value.std(ddof=1):.3f}" if len(values) > 1 else ""
-    return f"{value.mean():.3f}{spread}" + (f" ({share[0].mean():.2f})" if share else "")
+    return {f"{FLATNESS}{title}": (value,) for title, value in figures.items()}
 
 
 if __name__ == "__main__":

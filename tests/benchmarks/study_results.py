@@ -1,0 +1,195 @@
+"""What the study has found: a file that several runs add to, its table, and its picture.
+
+``python -m tests.benchmarks.study_results docs/study.json`` prints the table again.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import fire
+import numpy as np
+
+from tools.bundle import read_json
+from tools.errors import UserError
+from tools.output import complete_output
+
+FLATNESS = "starting point: "  # rows of another kind begin with this
+SPECIALISTS = "specialists"
+
+
+@dataclass(frozen=True)
+class Size:
+    """What all runs of a study have in common."""
+
+    width: int
+    patch_size: int
+    batch_size: int
+    pretrain_steps: int
+    finetune_steps: int
+    scales: str
+    unseen: bool
+    spacing: float = 0
+
+
+class Results:
+    """What the study has found, in a file: runs that are in it are not run again, wherever their folders are.
+
+    Args:
+        path: of the file; made with the first result.
+        size: of the runs.
+
+    Raises:
+        UserError: the results in the file are of runs of another size.
+    """
+
+    def __init__(self, path: Path, size: Size) -> None:
+        self.path = path
+        self.size = asdict(size)
+        self.runs: dict[str, dict[str, dict[str, dict[str, list[float]]]]] = {}
+        self._read()
+
+    @classmethod
+    def read(cls, path: Path) -> Results:
+        """Those that a file has, of whatever size."""
+        return cls(path, Size(**read_json(path)["size"]))
+
+    def _read(self) -> None:
+        if self.path.is_file():
+            found = read_json(self.path)
+            if found.get("size") != self.size:
+                raise UserError(
+                    f"{self.path} has results of another size, {found.get('size')}; choose another --output"
+                )
+            self.runs = found["runs"]
+
+    def of(self, dataset: str, start: str) -> dict[int, dict[str, list[float]]]:
+        """By seed, for each row of the table its mean Dice and normalized accuracy, or one figure of another kind."""
+        return {int(seed): rows for seed, rows in self.runs.get(dataset, {}).get(start, {}).items()}
+
+    def add(self, dataset: str, start: str, seed: int, rows: Mapping[str, Sequence[float]]) -> None:
+        """Take in a run, and write the file anew with what others have added to it."""
+        self._read()
+        self.runs.setdefault(dataset, {}).setdefault(start, {})[str(seed)] = {k: list(v) for k, v in rows.items()}
+        with complete_output(self.path, overwrite=True) as path:
+            path.write_text(json.dumps({"size": self.size, "runs": self.runs}, indent=1))
+
+    def table(self, order: Collection[str] = ()) -> str:
+        """For each dataset, mean Dice by merge method and starting point, and how flat the starting points are.
+
+        Args:
+            order: of the starting points; others come last.
+        """
+        lines = [
+            "Mean Dice over tasks on test patients, mean ± standard deviation over seeds; in brackets the normalized accuracy",
+            "(mean over tasks of merged ÷ specialist).",
+            "",
+        ]
+        for dataset in self.runs:
+            seeds = self.by_start(dataset, order)
+            titles = sorted(_titles(seeds), key=lambda title: title.startswith(FLATNESS))
+            lines += [f"**{dataset}**", ""]
+            lines += ["| | " + " | ".join(f"{start} (seeds: {len(runs)})" for start, runs in seeds.items()) + " |"]
+            lines += ["|---" * (1 + len(seeds)) + "|"]
+            for title in titles:
+                cells = [[rows[title] for rows in runs if title in rows] for runs in seeds.values()]
+                lines.append(f"| {title} | " + " | ".join(map(_cell, cells)) + " |")
+            lines.append("")
+        return "\n".join(lines)
+
+    def by_start(self, dataset: str, order: Collection[str]) -> dict[str, list[dict[str, list[float]]]]:
+        """The runs of each starting point."""
+        starts = self.runs[dataset]
+        names = [name for name in order if name in starts] + [name for name in starts if name not in order]
+        return {name: list(starts[name].values()) for name in names}
+
+
+def draw(studies: Sequence[Results], path: str | Path, order: Collection[str] = ()) -> None:
+    """A PNG of the same: what merges keep of the specialists, for each dataset a panel of methods and starting points.
+
+    Args:
+        studies: whose panels stand side by side.
+        path: to write.
+        order: of the starting points; others come last.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = [
+        (
+            (dataset.partition("_")[2] or dataset) + ", organs unseen" * study.size["unseen"],
+            study.by_start(dataset, order),
+        )
+        for study in studies
+        for dataset in study.runs
+    ]
+    titles = list(dict.fromkeys(title for _, seeds in panels for title in _titles(seeds)))
+    titles = [title for title in titles if title != SPECIALISTS and not title.startswith(FLATNESS)]
+    columns = [len(seeds) for _, seeds in panels]
+    figure = Figure(
+        figsize=(2.6 + 0.95 * sum(columns) + 0.3 * len(panels), 1.3 + 0.29 * len(titles)), layout="constrained"
+    )
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True, width_ratios=columns)[0]
+    for axis, (name, seeds) in zip(axes, panels, strict=True):
+        kept = np.array([[_mean(runs, title, 1) for runs in seeds.values()] for title in titles])
+        image = axis.imshow(kept, vmin=0, vmax=1, aspect="auto", cmap="viridis")
+        for row, column in np.argwhere(~np.isnan(kept)):
+            value = kept[row, column]
+            colour = "black" if value > 0.6 else "white"
+            axis.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
+        dice = [_mean(runs, SPECIALISTS, 0) for runs in seeds.values()]
+        labels = [f"{start}\n({value:.2f})" for start, value in zip(seeds, dice, strict=True)]
+        axis.set_xticks(range(len(seeds)), labels, fontsize=8)
+        axis.set_yticks(range(len(titles)), titles, fontsize=8)
+        axis.tick_params(length=0)
+        axis.set_title(name, fontsize=10)
+    figure.colorbar(image, ax=axes, label="share of the specialists' Dice that is kept", pad=0.01)
+    figure.supxlabel("starting point (mean Dice of its specialists)", fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
+def _titles(seeds: Mapping[str, Sequence[Mapping[str, Sequence[float]]]]) -> list[str]:
+    return list(dict.fromkeys(title for runs in seeds.values() for rows in runs for title in rows))
+
+
+def _mean(runs: Sequence[Mapping[str, Sequence[float]]], title: str, figure: int) -> float:
+    """Over seeds, of one figure of a row; NaN where no seed has it."""
+    values = [rows[title][figure] for rows in runs if title in rows]
+    return float(np.mean(values)) if values else float("nan")
+
+
+def _cell(values: Sequence[tuple[float, ...]]) -> str:
+    if not values:
+        return ""
+    value, *share = np.array(values).T
+    spread = f" ± {value.std(ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{value.mean():.3f}{spread}" + (f" ({share[0].mean():.2f})" if share else "")
+
+
+def show(*results: str, picture: str = "") -> None:
+    """Print the tables of files of results, and draw them.
+
+    Args:
+        results: results.json of studies.
+        picture: PNG to write.
+    """
+    from tests.benchmarks.study import STARTS
+
+    if not results:
+        raise UserError("which results.json?")
+    found = [Results.read(Path(path)) for path in results]
+    print("\n".join(one.table(STARTS) for one in found))
+    if picture:
+        draw(found, picture, STARTS)
+
+
+if __name__ == "__main__":
+    try:
+        fire.Fire(show)
+    except (UserError, OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
