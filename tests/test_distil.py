@@ -159,9 +159,9 @@ def plane(tmp_path_factory):
     return make_plane(tmp_path_factory.mktemp("plane"))
 
 
-def learned(plane, output, *more):
+def learned(plane, output, *more, images="."):
     vectors = f"{plane}/bright.safetensors,{plane}/dark.safetensors"
-    words = ["--pretrained", plane / "start", "--vectors", vectors, "--images", plane / "Dataset001_Quarters"]
+    words = ["--pretrained", plane / "start", "--vectors", vectors, "--images", plane / "Dataset001_Quarters" / images]
     return here("tools", "distil", *words, "--output", output, "--learning_rate", 0.05, "--steps", 40, *more)
 
 
@@ -189,5 +189,5 @@ def test_entropy_is_that_of_each_tasks_softmax(plane, tmp_path):
 
 def test_objectives_that_cannot_be_learned_are_refused(plane, tmp_path):
     assert "did you mean 'labels'" in learned(plane, tmp_path / "m", "--objective", "lables").stderr
-    images = ["--objective", "labels", "--images", plane / "Dataset001_Quarters" / "imagesTr"]
-    assert "needs an nnU-Net dataset" in learned(plane, tmp_path / "m", *images).stderr
+    result = learned(plane, tmp_path / "m", "--objective", "labels", images="imagesTr")
+    assert "needs an nnU-Net dataset" in result.stderr

@@ -8,7 +8,8 @@ from tests.conftest import run
 from tools.bundle import Bundle
 from tools.edit import edit
 from tools.errors import UserError
-from tools.merge import merge
+from tools.merge import merge, merge_recipe
+from tools.recipe import Recipe
 
 
 def weights(bundle):
@@ -56,6 +57,12 @@ def test_what_cannot_be_edited_is_refused(chain, tmp_path, one):
     edit(str(one), output, scale={"liver": 0.1})
     with pytest.raises(UserError, match="a scale for each task, but none for spleen: add --scale"):
         edit(output, str(tmp_path / "newer"), add=spleen)
+    recipe = Recipe(str(chain.pretrain), [str(chain.vectors["liver"])], "task_arithmetic")
+    recipe.overrides = [{"tensors": part, "parameters": {"scale": 0.2}} for part in ("encoder", "decoder")]
+    merge_recipe(recipe, tmp_path / "tuned")
+    assert "others for some tensors by 2 overrides" in (tmp_path / "tuned/docs/README.md").read_text()
+    with pytest.raises(UserError, match="sets scale for every tensor by its overrides"):
+        edit(str(tmp_path / "tuned"), str(tmp_path / "newer"), scale=1)
     with pytest.raises(UserError, match="recipe"):
         edit(str(chain.pretrain), str(tmp_path / "newer"))
     vector = tmp_path / "moved.safetensors"

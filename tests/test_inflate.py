@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 
 from tests.conftest import here, run, train
 from tests.test_weights_2d import block_shapes, random, swin_weights
-from tools.__main__ import main
 from tools.bundle import Bundle, write_json
 
 BASIC = {
@@ -254,11 +253,3 @@ def test_inflated_weights_train_and_merge(tmp_path, weights, phantom_dataset):
     ours, theirs = nibabel.load(path), nibabel.load(image)
     assert ours.shape == theirs.shape
     assert (ours.affine == theirs.affine).all()
-
-
-def test_its_help_has_no_command_that_is_none(capsys):
-    with pytest.raises(SystemExit):
-        main(["inflate", "--help"])
-    shown = "".join(capsys.readouterr())
-    assert "NETWORK_DEF" in shown
-    assert "FIRE_METADATA" not in shown

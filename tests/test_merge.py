@@ -135,7 +135,22 @@ def test_vectors_of_another_starting_point_are_refused(chain, tmp_path):
     refused(result, "changed.safetensors", "another starting point", "elsewhere 000000000000")
     assert os.listdir(tmp_path) == ["changed.safetensors"]
     run(*arguments, "--output", tmp_path / "m", "--other_start")
-    assert (tmp_path / "m/models/model.pt").is_file()
+    run("tools", "merge", "--recipe", tmp_path / "m/docs/recipe.yaml", "--output", tmp_path / "n")
+    assert (tmp_path / "m/models/model.pt").read_bytes() == (tmp_path / "n/models/model.pt").read_bytes()
+
+    def forged(tensors, metadata):  # it says the right starting point, and has the checksums of another
+        facts = json.loads(metadata[FORMAT])
+        first = next(iter(facts["tensors"].values()))
+        first["pretrained"] = ["0" * 16 for _ in first["pretrained"]]
+        metadata[FORMAT] = json.dumps(facts)
+
+    path = changed(chain, tmp_path, forged)
+    vectors = f"{chain.vectors['spleen']},{path}"
+    refused(
+        here("tools", "merge", "--pretrained", chain.pretrain, "--vectors", vectors, "--output", tmp_path / "o"),
+        "another start",
+    )
+    assert "come from different starting points" in run("tools", "inspect", path, chain.vectors["spleen"]).stdout
 
 
 def test_damaged_vectors_are_refused(chain, tmp_path):
@@ -203,7 +218,12 @@ def test_damaged_and_hostile_checkpoints_are_refused(chain, tmp_path):
 
 
 def test_two_vectors_of_one_organ_are_refused(chain, tmp_path):
-    refused(merge(chain, tmp_path / "m", ["liver", "liver"], check=False), "both", "label 'liver'")
+    refused(merge(chain, tmp_path / "m", ["liver", "liver"], check=False), "both", "task 'liver'", "diff --task")
+    again = tmp_path / "again.safetensors"
+    words = ["--pretrained", chain.pretrain, "--finetuned", chain.specialists["liver"], "--task", "again"]
+    run("tools", "diff", *words, "--output", again)
+    words = ["--pretrained", chain.pretrain, "--vectors", f"{chain.vectors['liver']},{again}"]
+    refused(here("tools", "merge", *words, "--output", tmp_path / "m"), "both", "label 'liver'")
 
 
 def test_existing_output_is_kept_unless_told_otherwise(chain, tmp_path):
@@ -212,6 +232,26 @@ def test_existing_output_is_kept_unless_told_otherwise(chain, tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     refused(merge(chain, tmp_path / "mine", ["liver"], "--overwrite", check=False), "not an older output")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    words = ["--vectors", chain.vectors["liver"], "--overwrite"]
+    for output in (chain.pretrain, chain.vectors["liver"]):
+        before = sorted(output.rglob("*"))
+        refused(here("tools", "merge", "--pretrained", chain.pretrain, *words, "--output", output), "is what is merged")
+        assert sorted(output.rglob("*")) == before
+    words = ["--pretrained", chain.pretrain, "--finetuned", chain.specialists["liver"], "--overwrite"]
+    refused(here("tools", "diff", *words, "--output", chain.merged), "is to be a file, and is a folder")
+    assert (chain.merged / "models/model.pt").is_file()
+    run(
+        "tools",
+        "merge",
+        "--pretrained",
+        chain.pretrain,
+        "--vectors",
+        chain.vectors["liver"],
+        "--output",
+        2024,
+        cwd=tmp_path,
+    )
+    assert (tmp_path / "2024" / "models" / "model.pt").is_file()
 
 
 def test_the_plan_of_a_merge_without_the_merge(chain, tmp_path):
@@ -223,15 +263,23 @@ def test_the_plan_of_a_merge_without_the_merge(chain, tmp_path):
                 "method": "task_arithmetic",
                 "overrides": [{"tensors": "decoders.*", "parameters": {"scale": 0.1}}],
                 "exclude": ["encoders.0.*"],
+                "sparsify": "dare",
+                "postprocess": ["lines"],
+                "dtype": "float16",
+                "seed": 7,
             }
         )
     )
     lines = run("tools", "merge", "--recipe", tmp_path / "recipe.yaml", "--dry_run").stdout.splitlines()
     assert lines[0] == "task_arithmetic, 2 task vectors, output channels: background, liver, spleen"
-    rows = {line.split()[0]: line for line in lines[2:]}
+    assert lines[1].startswith("first dare: density=") and lines[1].endswith("seed=7")
+    assert lines[2].startswith("then lines: ") and lines[3] == "dtype: float16"
+    rows = {line.split()[0]: line for line in lines[4:]}
     assert "starting point" in rows["encoders.0"] and "scale" not in rows["encoders.0"]
     assert rows["encoders.1"].endswith("scale=0.4") and rows["decoders.0"].endswith("scale=0.1")
     assert os.listdir(tmp_path) == ["recipe.yaml"]
+    flags = ["--method", "average", "--weights", 0, "--dry_run"]
+    refused(merge(chain, tmp_path / "m", ["liver"], *flags, check=False), "at least one of the weights must be above 0")
 
 
 @pytest.mark.parametrize(
@@ -276,15 +324,19 @@ def test_diff_merge_and_inspect_need_neither_torch_nor_monai(chain, tmp_path):
     run("tools", "diff", "--pretrained", chain.pretrain, "--finetuned", specialist, "--output", vector, **path)
     assert vector.read_bytes() == chain.vectors["liver"].read_bytes()
     run("tools", "merge", "--pretrained", chain.pretrain, "--vectors", vector, "--output", bundle, **path)
-    run("tools", "inspect", vector, bundle, specialist, **path)
+    run("tools", "inspect", vector, bundle, specialist, chain.pretrain, **path)
     names = [line.split()[0] for line in run("tools", "merge", "--list", **path).stdout.splitlines()]
     assert names[:3] == ["average", "task_arithmetic", "ties"]
     assert "share of each task vector's entries" in run("tools", "merge", "--list", "--method", "ties", **path).stdout
+    assert "Model soups" in run("tools", "merge", "--list", "--method", "average", **path).stdout
 
 
 def test_an_unknown_flag_is_refused_before_anything_happens(chain, tmp_path):
     refused(merge(chain, tmp_path / "m", ["liver"], "--sclae", 0.5, check=False), "--sclae", "did you mean 'scale'")
     refused(merge(chain, tmp_path / "m", ["liver"], "--method", "ties", "--density", 7, check=False), "density")
+    refused(
+        merge(chain, tmp_path / "m", ["liver"], "--vectors", "other", check=False), "--vectors is there twice", "commas"
+    )
     refused(run("tools", "merg", check=False), "did you mean 'merge'")
     assert not (tmp_path / "m").exists()
 

@@ -184,12 +184,6 @@ def test_a_merged_network_is_each_specialist_when_its_backbone_is(chain, tmp_pat
     for task, scale in (("one", (1, 0)), ("two", (0, 1))):
         options = {"method": "task_arithmetic", "scale": scale}
         merge(output=str(tmp_path / f"m_{task}"), pretrained=str(folder / "start"), vectors=vectors, **options)
-        state, own = Bundle(tmp_path / f"m_{task}").state(), networks[task].state_dict()
-        averaged = [n for n in state if n.endswith(("running_mean", "running_var", "num_batches_tracked"))]
-        for name in averaged:  # put the specialist's in, to look at the rest
-            if name not in described(kind).head:
-                state[name] = own[name]
-        torch.save(state, tmp_path / f"m_{task}/models/model.pt")
         merged = outputs_of(tmp_path / f"m_{task}", image)
         for got, own_logits in zip(merged, outputs(networks[task], image), strict=True):
             assert own_logits[:, 0].any() == (task == "two")
@@ -202,16 +196,29 @@ def test_a_merged_network_is_each_specialist_when_its_backbone_is(chain, tmp_pat
 
 
 @pytest.mark.parametrize("chain", ["DynUNet", "UNet"], indirect=True)
-def test_statistics_are_averaged_and_counters_are_the_largest(chain, tmp_path):
-    _, folder, _, networks = chain
+@pytest.mark.parametrize(
+    ("method", "parameters", "shares"),
+    [
+        ("ties", {}, (0.5, 0.5)),
+        ("average", {"weights": (3, 1)}, (0.75, 0.25)),
+        ("task_arithmetic", {"scale": (0.2, -0.6)}, (0.25, 0.75)),
+        ("slerp", {"t": 0.1}, (0.9, 0.1)),
+        ("task_arithmetic", {"scale": 0}, (0, 0)),
+    ],
+)
+def test_statistics_are_averaged_as_the_tasks_are_and_counters_are_the_largest(
+    chain, tmp_path, method, parameters, shares
+):
+    _, folder, start, networks = chain
     vectors = f"{folder}/one.safetensors,{folder}/two.safetensors"
-    merge(output=str(tmp_path / "m"), pretrained=str(folder / "start"), vectors=vectors, method="ties")
-    merged = Bundle(tmp_path / "m").state()
+    merge(output=str(tmp_path / "m"), pretrained=str(folder / "start"), vectors=vectors, method=method, **parameters)
+    merged, before = Bundle(tmp_path / "m").state(), start.state_dict()
     states = [networks[task].state_dict() for task in ("one", "two")]
     found = 0
     for name, tensor in merged.items():
         if name.endswith(("running_mean", "running_var")):
-            torch.testing.assert_close(tensor, (states[0][name] + states[1][name]) / 2)
+            means = sum(share * state[name] for share, state in zip(shares, states, strict=True))
+            torch.testing.assert_close(tensor, means if any(shares) else before[name])
             found += 1
         elif name.endswith("num_batches_tracked"):
             assert tensor.shape == () and tensor == max(state[name] for state in states) == 2

@@ -71,6 +71,10 @@ def test_the_report_and_its_picture(chain, tmp_path):
     assert "share of entries whose signs differ" in text and "|τ| / |θ0| of each task" in text
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     facts = json.loads(run(*words, "--json").stdout)["conflicts"]
+    assert "\nall of the decoder" in text
+    for task in range(2):  # what the whole is made of
+        squares = [facts["groups"][group]["norm"][task] ** 2 for group in ("encoder", "decoder")]
+        assert sum(squares) == pytest.approx(sum(part["norm"][task] ** 2 for part in facts["parts"].values()))
     assert facts["same_start"] and 0 < facts["parts"]["encoders.0"]["relative_norm"][0] < 1
     result = run("tools", "inspect", chain.pretrain, "--plot", tmp_path / "none.png", check=False)
     assert result.returncode == 1 and "name two of them at least" in result.stderr

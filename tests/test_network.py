@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tools.errors import UserError
-from tools.network import Structure, build, describe, group_of, matches
+from tools.network import Structure, build, describe, group_of, matches, part_of
 
 COMMON = {"spatial_dims": 3, "in_channels": 1, "out_channels": 4}
 UNET = {"_target_": "UNet", **COMMON, "channels": [4, 8, 16], "strides": [2, 2]}
@@ -169,3 +169,11 @@ def test_patterns_name_groups_and_tensors():
         "model.1.submodule.0.conv.weight", "encoder"
     )
     assert matches("decoders.0.x", "decoders.*") and not matches("decoders.0.x", "decoders.1.*")
+
+
+def test_the_parts_of_a_nested_network_are_its_levels():
+    assert part_of("encoders.0.basic_module.conv1.weight") == "encoders.0"
+    assert part_of("model.0.conv.unit0.conv.weight") == "model.0"
+    assert part_of("model.1.submodule.0.conv.weight") == "model.1.submodule.0"
+    assert part_of("model.1.submodule.1.submodule.2.1.weight") == "model.1.submodule.1.submodule.2"
+    assert part_of("head.weight") == "head.weight"

@@ -109,6 +109,16 @@ def test_a_wrong_header_is_refused(tmp_path):
         lambda facts: facts["tensors"]["w"].update(remainders=["x"]),
         lambda facts: facts["tensors"]["w"].update(remainders=[5]),
         lambda facts: facts["tensors"]["w"].update(checksums=[]),
+        lambda facts: facts.update(task=5),
+        lambda facts: facts.update(labels=None),
+        lambda facts: facts.update(labels=[1]),
+        lambda facts: facts.update(labels=["Background"]),
+        lambda facts: facts.update(labels=["a\nb"]),
+        lambda facts: facts.update(label_map=None),
+        lambda facts: facts.update(label_map={"a": 3}),
+        lambda facts: facts.update(pretrained_sha256=7),
+        lambda facts: facts["structure"].update(plain=7),
+        lambda facts: facts["structure"].update(groups={"w": 0}),
         lambda facts: facts["tensors"].update(other={"remainders": [], "checksums": [], "pretrained": []}),
     ):
         with pytest.raises(UserError, match=r"changed\.safetensors is damaged, or is not a task vector"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import os
 import signal
 import sys
 
@@ -53,13 +52,11 @@ def main(arguments: list[str]) -> int:
     try:
         command = getattr(importlib.import_module(f"tools.{name}"), name)
         if any(argument in ("-h", "--help") for argument in arguments):
-            # without what fire's own decorators leave on a function, which its help would list as a group of commands
-            command = functools.wraps(command, updated=())(lambda: None)
-        else:
-            _check_flags(command, arguments[1:])
+            print(_help(command))
+            return 0
+        _check_flags(command, arguments[1:])
         import fire
 
-        os.environ.setdefault("PAGER", "cat")
         fire.Fire(command, command=arguments[1:], name=name, serialize=lambda _: None)
         return 0
     except KeyboardInterrupt:
@@ -80,10 +77,23 @@ def main(arguments: list[str]) -> int:
         return 1
 
 
+def _help(command) -> str:
+    from fire.helptext import HelpText
+    from fire.trace import FireTrace
+
+    # without what fire's own decorators leave on a function, which its help would list as a group of commands
+    described = functools.wraps(command, updated=())(lambda: None)
+    return HelpText(described, FireTrace(described, name=command.__name__))
+
+
 def _check_flags(command, arguments: list[str]) -> None:
     """Refuse unknown and missing flags before anything runs; fire would run the command first and complain afterwards."""
     known = inspect.signature(command).parameters
     flags = [a[2:].split("=")[0].replace("-", "_") for a in arguments if a.startswith("--")]
+    if repeated := next((flag for flag in flags if flags.count(flag) > 1), ""):
+        raise UserError(
+            f"--{repeated} is there twice, of which the first would be lost; several values are separated by commas"
+        )
     required = [n for n, p in known.items() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if not arguments or arguments[0].startswith("-"):  # nothing is given by position
         missing = [f"--{name}" for name in required if name not in flags]

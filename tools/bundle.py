@@ -163,8 +163,11 @@ class Bundle:
             UserError: the network cannot be built, or its head cannot be found.
         """
         recorded = self.metadata.get("lineage", {}).get("structure")
-        if recorded and self._fits(structure := Structure(**recorded)):
-            return structure
+        try:
+            if recorded and self._fits(structure := Structure.read(recorded)):
+                return structure
+        except (AttributeError, ValueError) as error:
+            raise UserError(f"{self.path}: the lineage in its metadata is not one ({error})") from None
         network_def = self.network_def()
         try:
             with self.code():

@@ -61,6 +61,8 @@ def write_card(folder: Path, lineage: Mapping[str, Any], label_map: Mapping[str,
         label_map: its output channels.
     """
     parameters = ", ".join(f"{name} = {value}" for name, value in lineage["parameters"].items()) or "none"
+    if lineage.get("overrides"):
+        parameters += f"; others for some tensors by {lineage['overrides']} overrides of the recipe"
     rows = "\n".join(
         f"| {v['task']} | {', '.join(v['labels'])} | {described(v.get('data', {}))} | `{v['sha256'][:16]}…` |"
         for v in lineage["vectors"]

@@ -71,7 +71,17 @@ def convert(
             raise UserError(f"source {source} has no option --{name}{nearest(name, known)}; {there}")
     path = Path(checkpoint)
     with complete_output(output, overwrite) as folder:
-        conversion = read(path, **options)
+        try:
+            conversion = read(path, **options)
+        except (
+            TypeError,
+            KeyError,
+            IndexError,
+            AttributeError,
+            RuntimeError,
+        ) as error:  # of content that nobody foresaw
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise UserError(f"{path} is damaged, or not from {SOURCES[source].split(':')[0]} ({reason})") from error
         write_conversion(folder, source, SOURCES[source].split(":")[0], path, conversion)
     new = sum(origin.startswith("new") for origin in conversion.origins.values())
     print(

@@ -123,7 +123,10 @@ def distil(
         print("warning: what was learned labels less than half of that; look at its masks before you use it")
     scales = [[round(float(c), 6) for c in row] for row in student.coefficients.tolist()]
     if coefficients == "task":
-        recipe.parameters["scale"] = scales[0]
+        equal = recipe.parameters["scale"]
+        recipe.parameters["scale"] = scales[0]  # but statistics count alike, as they did in training
+        statistics = tasks[0].facts.structure.statistics
+        recipe.overrides = [{"tensors": name, "parameters": {"scale": equal}} for name in statistics]
     else:
         recipe.overrides = [
             {"tensors": name, "parameters": {"scale": row}} for name, row in zip(student.names, scales, strict=True)

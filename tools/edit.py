@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -12,6 +13,7 @@ from tools.bundle import Bundle
 from tools.errors import UserError, nearest
 from tools.merge import merge_recipe, split_paths
 from tools.merge_methods import METHODS
+from tools.network import matches
 from tools.recipe import Recipe
 from tools.task_vector import TaskVector
 
@@ -61,8 +63,23 @@ def edit(
         {**override, "parameters": _carried_over(override["parameters"], list(tasks), everything, recipe.parameters)}
         for override in recipe.overrides
     ]
+    for name in parameters:
+        _check_free(name, recipe, path)
     changes = {"vectors": list(everything.values()), "parameters": new, "overrides": overrides}
     merge_recipe(replace(recipe, **changes), output, overwrite=overwrite)
+
+
+def _check_free(parameter: str, recipe: Recipe, path: Path) -> None:
+    """Refuse to change a parameter that overrides set for every tensor: nothing would change, as in what ``distil`` made."""
+    sets = [override["tensors"] for override in recipe.overrides if parameter in override["parameters"]]
+    vector = TaskVector(recipe.vectors[0])
+    statistics = vector.facts.structure.statistics
+    names = [name for name in vector.tensors if name not in statistics]
+    if sets and all(any(matches(name, pattern) for pattern in sets) for name in names):
+        raise UserError(
+            f"{path} sets {parameter} for every tensor by its overrides, so that --{parameter} would change nothing: change "
+            "those, and merge --recipe"
+        )
 
 
 def _recorded_tasks(merged: Bundle, recipe: Recipe) -> dict[str, str]:

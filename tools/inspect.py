@@ -33,14 +33,12 @@ def inspect(*paths: str, json: bool = False, plot: str = "", overwrite: bool = F
     """
     if not paths:
         raise UserError("name one or more bundles or task vectors")
-    facts = []
-    vectors: list[TaskVector] = []
-    for path in paths:
-        if Path(str(path)).is_dir():
-            facts.append(describe_bundle(Bundle(path)))
-        else:
-            vectors.append(TaskVector(path))
-            facts.append({"path": str(path), **describe_vector(vectors[-1])})
+    files = [(str(path), None if Path(str(path)).is_dir() else TaskVector(str(path))) for path in paths]
+    vectors = [vector for _, vector in files if vector]
+    facts = [
+        {"path": path, **describe_vector(vector)} if vector else describe_bundle(Bundle(path), vectors)
+        for path, vector in files
+    ]
     result: dict[str, Any] = {"items": facts}
     if len(vectors) > 1:
         result["conflicts"] = mergeability(vectors, _starting_point(facts, vectors))
@@ -61,8 +59,13 @@ def _starting_point(facts: list[dict[str, Any]], vectors: Sequence[TaskVector]) 
     return None
 
 
-def describe_bundle(bundle: Bundle) -> dict[str, Any]:
-    """Labels, lineage and weights of a bundle."""
+def describe_bundle(bundle: Bundle, vectors: Sequence[TaskVector] = ()) -> dict[str, Any]:
+    """Labels, lineage and weights of a bundle.
+
+    Args:
+        bundle: whose network is built to know its tensors, unless that is recorded.
+        vectors: of one that has the tensors of the bundle its structure is taken, which saves building the network.
+    """
     facts: dict[str, Any] = {
         "path": str(bundle.path),
         "kind": "bundle",
@@ -72,7 +75,10 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
         "weights": None,
     }
     if bundle.model_file.is_file():
-        weights, structure = bundle.weights(), bundle.structure()
+        weights = bundle.weights()
+        structure = (
+            next((s for s in (v.facts.structure for v in vectors if _fits(v, weights))), None) or bundle.structure()
+        )
         weights.verify()
         facts["weights"] = {
             "tensors": len(weights.entries),
@@ -84,6 +90,15 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
             "backbone_sha256": backbone_sha256(weights, structure),
         }
     return facts
+
+
+def _fits(vector: TaskVector, weights: WeightsFile) -> bool:
+    """Whether a task vector has the tensors of these weights."""
+    left_out = vector.facts.structure.not_merged
+    floating = {
+        name: entry.shape for name, entry in weights.entries.items() if entry.is_floating and name not in left_out
+    }
+    return floating == {name: tensor.shape for name, tensor in vector.tensors.items()}
 
 
 def describe_vector(vector: TaskVector) -> dict[str, Any]:

@@ -59,8 +59,8 @@ def _hashes(node: Any, place: str = "") -> Iterator[tuple[str, Any]]:
 def _starting_point(folder: Path, lineage: Mapping[str, Any], where: Path) -> str:
     """Compare a specialist's copy of its starting point with the identity that it records."""
     try:
-        structure = Structure(**lineage.get("structure", {"head": {}}))
-    except TypeError as error:
+        structure = Structure.read(lineage.get("structure", {"head": {}}))
+    except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{where}: lineage#structure is not one ({error})") from None
     path = folder / "models" / "pretrained" / "model.pt"
     if not path.is_file() or not structure.head:

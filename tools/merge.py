@@ -48,7 +48,7 @@ def merge(
     recipe: str = "",
     pretrained: str = "",
     vectors: str | Sequence[str] = (),
-    method: str = "average",
+    method: str = "",
     sparsify: object = None,
     postprocess: object = None,
     seed: int = 0,
@@ -66,7 +66,7 @@ def merge(
         recipe: YAML file with pretrained, vectors, method and parameters; instead of the flags below.
         pretrained: the starting point, a bundle with weights.
         vectors: task vector files, separated by commas, in the order of the output channels.
-        method: a merge method; see --list.
+        method: a merge method; see --list. Default: average.
         parameters: the method's own, each a flag: --scale 0.4, or one number per task, --scale 0.3,0.5; see --list --method.
         sparsify: a sparsifier in front of the method, with default parameters or as "{method: dare, parameters: {density: 0.3}}".
         postprocess: corrections after the method, separated by commas, or each like --sparsify in a list.
@@ -79,29 +79,29 @@ def merge(
         overwrite: replace the output if it exists.
     """
     if list:
-        print(describe_methods(method if method != "average" else ""))
+        print(describe_methods(method))
         return
     if not output and not dry_run:
         raise UserError("--output is missing")
     if recipe:
-        if pretrained or vectors or parameters or method != "average" or sparsify or postprocess or seed or modulate:
+        if pretrained or vectors or parameters or method or sparsify or postprocess or seed or modulate or other_start:
             raise UserError("--recipe says what is merged and how; leave the flags for that out")
         plan = Recipe.read(recipe)
     else:
         if not pretrained:
             raise UserError("--pretrained (or --recipe) is missing")
+        method = method or "average"
         _check_names(method, parameters)
         values = {name: _value(value) for name, value in parameters.items()}
         steps = {"sparsify": sparsify or {}, "postprocess": _listed(postprocess)}
-        steps |= {"seed": seed, "modulate": modulate}
+        steps |= {"seed": seed, "modulate": modulate, "other_start": other_start}
         plan = Recipe(str(pretrained), split_paths(vectors), method, values, **steps)
-    merge_recipe(plan, output, other_start, overwrite, dry_run)
+    merge_recipe(plan, str(output), overwrite, dry_run)
 
 
 def merge_recipe(
     recipe: Recipe,
     output: str | Path,
-    other_start: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
     quiet: bool = False,
@@ -111,22 +111,25 @@ def merge_recipe(
     Args:
         recipe: what to merge, and how.
         output: folder of the merged bundle.
-        other_start: accept vectors of another starting point.
         overwrite: replace the output if it exists.
         dry_run: print the plan and write nothing.
         quiet: do not say what was written.
 
     Raises:
-        UserError: an input is missing, damaged, of another starting point or network, or two vectors have a label of
-            the same name.
+        UserError: an input is missing, damaged, of another starting point or network, two vectors have the same task or a
+            label of the same name, the method refuses its parameters, or the output is an input.
     """
     start = Bundle(recipe.pretrained)
     weights = start.weights()
     vectors = [TaskVector(path) for path in recipe.vectors]
     structure = vectors[0].facts.structure
-    check_vectors(recipe.vectors, vectors, start, weights, other_start)
+    check_vectors(recipe.vectors, vectors, start, weights, recipe.other_start)
+    if not dry_run and any(
+        Path(path).resolve() == Path(output).resolve() for path in (recipe.pretrained, *recipe.vectors)
+    ):
+        raise UserError(f"{output} is what is merged; choose another --output")
     label_map = _stack_labels(recipe.vectors, vectors)
-    engine = MergeEngine(recipe, weights, vectors, other_start)
+    engine = MergeEngine(recipe, weights, vectors)
     whole = stacked_heads(structure, heads_of(recipe, vectors)) | merged_buffers(recipe.vectors, vectors)
     if dry_run:
         print(plan_table(engine, label_map))
@@ -142,11 +145,12 @@ def merge_recipe(
         if recipe.modulate:
             write_modulators(folder / "models" / "modulators.pt", engine)
             set_modulated(folder)
-        sha256 = backbone_sha256(weights, structure) if other_start else vectors[0].facts.pretrained_sha256
+        sha256 = backbone_sha256(weights, structure) if recipe.other_start else vectors[0].facts.pretrained_sha256
         lineage = {
             "tool_version": __version__,
             "method": recipe.method,
             "parameters": {**METHODS[recipe.method].defaults, **recipe.parameters},
+            **({"overrides": len(recipe.overrides)} if recipe.overrides else {}),
             "pretrained": start.name,
             "pretrained_sha256": sha256,
             "pretrained_data": start.data,
@@ -266,7 +270,7 @@ def _with_progress(
 def check_vectors(
     paths: Sequence[str], vectors: Sequence[TaskVector], start: Bundle, weights: WeightsFile, other_start: bool = False
 ) -> None:
-    """Refuse vectors of another network than the starting point's, and of another starting point than the first vector.
+    """Refuse vectors of another network than the starting point's, of another start than the first vector, or of one task.
 
     Whether the first vector came from this starting point, the merge itself checks, block by block.
 
@@ -276,15 +280,24 @@ def check_vectors(
     first = vectors[0]
     structure = first.facts.structure
     floating = {n: e.shape for n, e in weights.entries.items() if n not in structure.not_merged and e.is_floating}
+    owner: dict[str, str] = {}
     for path, vector in zip(paths, vectors, strict=True):
         whose = f"{path} (task {vector.task})"
-        if vector.facts.pretrained_sha256 != first.facts.pretrained_sha256 and not other_start:
+        if vector.task in owner:
+            raise UserError(
+                f"both {owner[vector.task]} and {path} are of a task {vector.task!r}: diff --task gives another name"
+            )
+        owner[vector.task] = str(path)
+        if not vector.same_start(first) and not other_start:
             names = [f"{v.facts.pretrained_name} {v.facts.pretrained_sha256[:12]}" for v in (vector, first)]
             raise UserError(
                 f"{whose} comes from another starting point than {first.path} (task {first.task}): {names[0]}, not {names[1]}"
             )
         if vector.facts.structure != structure:
             raise UserError(f"{whose} has another kind of network or head than task {first.task}")
+        own, others = {*structure.constants, *structure.aliases}, {*structure.aliases.values()}
+        if name := next(iter((own & structure.head.keys()) | ((own | others) - weights.entries.keys())), ""):
+            raise UserError(f"{whose} is of another kind of network than {start.name}: what is tensor {name}?")
         shapes = {name: tensor.shape for name, tensor in vector.tensors.items()}
         if shapes != floating:
             name = next(n for n in [*shapes, *floating] if shapes.get(n) != floating.get(n))

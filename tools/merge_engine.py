@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from fnmatch import fnmatchcase
@@ -37,15 +37,11 @@ class MergeEngine:
         recipe: method, parameters and which tensors take part.
         start: weights of the starting point.
         vectors: of the same network.
-        other_start: do not check that the first vector came from this starting point.
     """
 
-    def __init__(
-        self, recipe: Recipe, start: WeightsFile, vectors: Sequence[TaskVector], other_start: bool = False
-    ) -> None:
+    def __init__(self, recipe: Recipe, start: WeightsFile, vectors: Sequence[TaskVector]) -> None:
         keep_freed_memory()
         self.recipe = recipe
-        self.other_start = other_start
         self.method = METHODS[recipe.method]
         self.start = start
         self.structure = vectors[0].facts.structure
@@ -66,6 +62,7 @@ class MergeEngine:
         self._check_statistics()
         self._prepared: dict[str, dict[str, Any]] = {}
         self._parameters = {name: self.parameters_for(name) for name in self.names}
+        self._check_method()
         self._depth = {name: i / max(1, len(self.names) - 1) for i, name in enumerate(self.names)}
 
     def dtype(self, name: str) -> str:
@@ -149,7 +146,7 @@ class MergeEngine:
         start = number * BLOCK
         values = self.start.read(name, start, start + BLOCK)
         vector = self.vectors[0]
-        if not self.other_start and not vector.came_from(name, number, values.astype(np.float32, copy=False)):
+        if not self.recipe.other_start and not vector.came_from(name, number, values.astype(np.float32, copy=False)):
             facts = vector.facts
             raise UserError(
                 f"{vector.path} (task {vector.task}) comes from another starting point: {facts.pretrained_name} "
@@ -178,7 +175,8 @@ class MergeEngine:
             return pretrained
         deltas = [vector.delta(name) for vector in self.vectors]
         if treatment == "mean":
-            merged = pretrained + np.mean(deltas, axis=0)
+            shares = _shares(self._parameters[name], len(deltas))
+            merged = pretrained + sum(share * delta for share, delta in zip(shares, deltas, strict=True))
             return np.maximum(merged, SMALLEST_VARIANCE) if name.endswith("running_var") else merged
         if treatment == "scaled mean":
             merged = _scaled_mean(deltas, self._parameters[name].get("scale", 1.0))
@@ -219,6 +217,17 @@ class MergeEngine:
                 raise UserError(f"{entry}{pattern!r} is the head, which is not merged: each task keeps its own")
             known = ["encoder", "decoder", *dict.fromkeys(f"{part_of(name)}.*" for name in self.names), *self.names]
             raise UserError(f"{entry}no tensor is called {pattern!r}{nearest(pattern, known)}")
+
+    def _check_method(self) -> None:
+        """Let a method refuse its parameters, or this number of tasks, before anything is done.
+
+        Raises:
+            UserError: what it says.
+        """
+        if self.method.prepare is None and not self.method.needs_statistics:
+            one = np.ones((1, 1))
+            for values in {repr(values): values for values in self._parameters.values()}.values():
+                self.method.function(one, [one] * len(self.vectors), **values)
 
     def _check_statistics(self) -> None:
         for measured in self._statistics:
@@ -313,6 +322,14 @@ def in_order(function: Callable[[Any], Any], tasks: Iterable[Any], threads: int)
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def _shares(parameters: Mapping[str, Any], tasks: int) -> np.ndarray:
+    """How much each task counts in the mean of running statistics: as its coefficient does; nothing where all are zero."""
+    t = parameters.get("t", 0.5)
+    factors = np.array([1 - t, t] if "t" in parameters else per_task(parameters.get("weights", 1.0), tasks))
+    factors = factors * np.abs(per_task(parameters.get("scale", 1.0), tasks))
+    return factors / (factors.sum() or 1.0)
 
 
 def _scaled_mean(deltas: Sequence[np.ndarray], scale: Any) -> np.ndarray:

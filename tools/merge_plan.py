@@ -39,6 +39,15 @@ def plan_table(engine: MergeEngine, label_map: Mapping[str, object]) -> str:
     lines = [
         f"{engine.method.name}, {len(engine.vectors)} task vectors, output channels: background, {', '.join(label_map)}"
     ]
+    steps = [("first", engine.recipe.sparsify)] * bool(engine.recipe.sparsify)
+    steps += [("then", step) for step in engine.recipe.postprocess]
+    for when, step in steps:
+        values = {**(SPARSIFIERS | POSTPROCESSORS)[step["method"]].defaults, **(step.get("parameters") or {})}
+        seed = f", seed={engine.recipe.seed}" if when == "first" else ""
+        lines.append(f"{when} {step['method']}: {', '.join(f'{k}={v}' for k, v in values.items())}{seed}")
+    for name in ("dtype", "modulate", "heads", "other_start"):
+        if value := getattr(engine.recipe, name):
+            lines.append(f"{name}: {value}")
     treatments = {
         "kept": "starting point",
         "mean": "mean of the statistics",

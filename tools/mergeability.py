@@ -16,7 +16,7 @@ from tools.errors import UserError
 from tools.merge_engine import THREADS, Entries, in_order
 from tools.merge_methods.spectral import leading
 from tools.merge_methods.threshold import magnitude_of_share
-from tools.network import part_of
+from tools.network import group_of, part_of
 from tools.task_vector import TaskVector
 from tools.weights_file import BLOCK, WeightsFile
 
@@ -41,7 +41,7 @@ def mergeability(vectors: Sequence[TaskVector], pretrained: WeightsFile | None =
     Returns:
         "tasks"; "same_start", whether they can be merged; a matrix, task × task, for each of ``MEASURES``; "parts": for each
         part of the network the tasks' "norm", their "relative_norm" when the starting point is given, and the mean of each
-        measure over all pairs.
+        measure over all pairs; "groups": the same for the "encoder" and the "decoder".
 
     Raises:
         UserError: they are not of the same network.
@@ -58,21 +58,30 @@ def mergeability(vectors: Sequence[TaskVector], pretrained: WeightsFile | None =
         if pretrained is not None and name in pretrained.entries:
             start = pretrained.read(name, number * BLOCK, (number + 1) * BLOCK)
             sums.start = float(np.dot(start, start))
-        return part_of(name), sums
+        return name, sums
 
-    parts: dict[str, _Sums] = {}
+    parts: dict[tuple[str, str], _Sums] = {}
     blocks = [(name, number) for name in tensors for number in range(len(tensors[name].checksums))]
-    for part, sums in in_order(compare, blocks, THREADS):
-        parts[part] = parts[part] + sums if part in parts else sums
+    for name, sums in in_order(compare, blocks, THREADS):
+        key = group_of(name), part_of(name)
+        parts[key] = parts[key] + sums if key in parts else sums
     for name, shape in shapes[0].items():
         if vectors[0].facts.structure.is_matrix(name, shape):
-            parts[part_of(name)] += _Sums.of_subspaces(vectors, name)
-    total = sum(parts.values(), _Sums(len(vectors)))
+            parts[group_of(name), part_of(name)] += _Sums.of_subspaces(vectors, name)
+    zero = _Sums(len(vectors))
+    total = sum(parts.values(), zero)
+    groups = {
+        g: sum((sums for (of, _), sums in parts.items() if of == g), zero) for g in dict.fromkeys(g for g, _ in parts)
+    }
+    by_part: dict[str, _Sums] = {}
+    for (_, part), sums in parts.items():
+        by_part[part] = by_part.get(part, zero) + sums
     return {
         "tasks": [vector.task for vector in vectors],
-        "same_start": len({vector.facts.pretrained_sha256 for vector in vectors}) == 1,
+        "same_start": all(vector.same_start(vectors[0]) for vector in vectors),
         **{measure: np.round(matrix, 6).tolist() for measure, matrix in total.measures().items()},
-        "parts": {part: sums.summary() for part, sums in parts.items()},
+        "parts": {part: sums.summary() for part, sums in by_part.items()},
+        "groups": {group: sums.summary() for group, sums in groups.items()},
     }
 
 
@@ -156,12 +165,13 @@ def report(result: dict[str, Any]) -> str:
         lines += ["", title, " " * width + "".join(task.rjust(max(width, 8)) for task in tasks)]
         for task, row in zip(tasks, result[measure], strict=True):
             lines.append(task.ljust(width) + "".join(f"{value:.3f}".rjust(max(width, 8)) for value in row))
-    first = max(len("part"), *map(len, result["parts"])) + 2
+    rows = {**result["parts"], **{f"all of the {group}": facts for group, facts in result["groups"].items()}}
+    first = max(map(len, rows)) + 2
     relative = "relative_norm" in next(iter(result["parts"].values()))
     lines += ["", f"by part of the network: {'|τ| / |θ0|' if relative else '|τ|'} of each task, then means over pairs"]
     heads = [*tasks, "cosine", "conflict", "weighted", "top", "subspace"]
     lines.append("part".ljust(first) + "".join(head.rjust(max(len(head) + 2, 9)) for head in heads))
-    for part, facts in result["parts"].items():
+    for part, facts in rows.items():
         values = [*facts["relative_norm" if relative else "norm"], *(facts[measure] for measure in MEASURES)]
         cells = (f"{value:.3g}".rjust(max(len(head) + 2, 9)) for head, value in zip(heads, values, strict=True))
         lines.append(part.ljust(first) + "".join(cells))
@@ -185,9 +195,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
         matrix = np.where(np.eye(len(tasks)), np.nan, result[measure])  # a task with itself says nothing
         axis.imshow(matrix, vmin=low, vmax=high, cmap=colours)
         for (i, j), value in np.ndenumerate(matrix):
-            axis.text(
-                j, i, f"{value:.2f}", ha="center", va="center", color="white" if abs(value) > 0.7 * high else "black"
-            )
+            colour = "white" if abs(value) > 0.7 * high else "black"
+            axis.text(j, i, "" if i == j else f"{value:.2f}", ha="center", va="center", color=colour)
         axis.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right")
         axis.set_yticks(range(len(tasks)), tasks)
         axis.set_title(title, fontsize=10)

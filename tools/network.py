@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -56,6 +56,27 @@ class Structure:
     last_layer: list[str] = field(default_factory=list)
     skips: list[str] = field(default_factory=list)
 
+    @classmethod
+    def read(cls, content: Mapping[str, Any]) -> Structure:
+        """The inverse of ``as_dict``, for what a stranger may have written.
+
+        Raises:
+            ValueError: names the entry that is not what it should be.
+        """
+        known = {entry.name: entry.type for entry in fields(cls)}
+        for name, value in content.items():
+            if name not in known:
+                raise ValueError(f"structure has no {name!r}")
+            is_list = known[name] == "list[str]"
+            if not isinstance(value, list if is_list else dict) or not all(isinstance(key, str) for key in value):
+                raise ValueError(f"structure: {name} must be a {'list' if is_list else 'dictionary'} of names")
+            kind, least = (str, "") if known[name] == "dict[str, str]" else (int, 1 if name == "groups" else 0)
+            if not is_list and not all(type(entry) is kind and entry >= least for entry in value.values()):
+                raise ValueError(
+                    f"structure: {name} has a value that is no {'name' if kind is str else 'number'} that it takes"
+                )
+        return cls(**content)
+
     def as_dict(self) -> dict[str, Any]:
         """Without what is empty, for JSON."""
         return {name: value for name, value in asdict(self).items() if value}
@@ -106,8 +127,14 @@ class Structure:
 
 
 def part_of(name: str) -> str:
-    """The part of the network that a tensor belongs to: "encoders.0" of "encoders.0.basic_module.conv1.weight"."""
-    return ".".join(name.split(".")[:2])
+    """The part of the network that a tensor belongs to: "encoders.0" of "encoders.0.basic_module.conv1.weight".
+
+    MONAI's UNet nests: of "model.1.submodule.0.conv.weight" it is "model.1.submodule.0".
+    """
+    words, end = name.split("."), 2
+    while words[end : end + 1] == ["submodule"]:
+        end += 2
+    return ".".join(words[:end])
 
 
 def group_of(name: str) -> str:

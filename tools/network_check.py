@@ -61,6 +61,25 @@ def check_fit(bundle: Bundle, weights: WeightsFile, run_code: bool) -> str:
     return f"the weights fit {type(network).__name__}, {len(weights.entries)} tensors"
 
 
+def check_patch(bundle: Bundle) -> None:
+    """Refuse patches that a bundle's network does not take, by running it without data or weights, on the meta device.
+
+    Raises:
+        UserError: says what the network does.
+    """
+    import torch
+
+    size = bundle.resolved("patch_size")
+    with bundle.code(), torch.device("meta"), torch.inference_mode():
+        try:
+            network = bundle.parser().get_parsed_content("network_def").eval()
+            network(torch.empty(1, bundle.in_channels, *size))
+        except Exception as error:  # each network has its own
+            raise UserError(
+                f"the network does not take patches of {size} voxels: {' '.join(str(error).split())[:200]}"
+            ) from None
+
+
 def _compare(shapes: Mapping[str, tuple[int, ...]], weights: WeightsFile) -> None:
     for name, shape in shapes.items():
         found = weights.entries[name].shape if name in weights.entries else "missing"

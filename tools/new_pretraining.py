@@ -53,7 +53,10 @@ def new_pretraining(
         set_values(folder, {"dataset_dir": directories[0] if len(directories) == 1 else directories})
         apply_overlays(folder, overlay)
         if patch_size:
+            from tools.network_check import check_patch
+
             set_values(folder, {"patch_size": [patch_size] * 3})
+            check_patch(Bundle(folder))
         _set_one_size(folder)
         data = _facts(folders)
         dataset, learned = data["dataset"], ", ".join(label_map) or "images without labels"
@@ -86,13 +89,25 @@ def _label_map(dataset_dir: str, labels: object) -> dict[str, list[int | str]]:
 
 
 def _check_images(folders: list[str], channels: int) -> None:
-    """Refuse folders without images."""
+    """Refuse folders without images, and images whose first one has other channels."""
+    from monai.transforms import EnsureChannelFirst
+
+    from tools.bundle_code.images import LoadImageOrSeriesd
     from tools.bundle_code.restoration import unlabelled_images
 
     try:
-        unlabelled_images(folders, "train", channels)
+        images = unlabelled_images(folders, "train", channels)
     except (ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from None
+    for image in images:
+        try:
+            found = len(EnsureChannelFirst()(LoadImageOrSeriesd("image")(image)["image"]))
+        except Exception:  # training names it and leaves it out
+            continue
+        if found != channels:
+            raise UserError(f"{image['image']} has {found} channels, the network takes {channels}")
+        return
+    raise UserError(f"none of the images of {', '.join(folders)} can be read")
 
 
 def _set_one_size(folder: Path) -> None:
@@ -117,10 +132,19 @@ def _facts(folders: list[str]) -> dict[str, str]:
 def apply_overlays(folder: Path, overlay: str | tuple) -> None:
     """Write the values of overlays, configs/<name>.json, into a bundle's configs.
 
+    What a later one sets otherwise than an earlier one is printed: the order may not be what was meant.
+
     Raises:
         UserError: no such overlay, or one that changes more than top-level values.
     """
     names = overlay if isinstance(overlay, tuple | list) else str(overlay).split(",")
+    before: dict[str, tuple[str, object]] = {}
     for name in filter(None, names):
-        values = read_json(folder / "configs" / f"{name}.json")
-        set_values(folder, {key: value for key, value in values.items() if not key.startswith("_")})
+        content = read_json(folder / "configs" / f"{name}.json")
+        values = {key: value for key, value in content.items() if not key.startswith("_")}
+        for key in values.keys() & before.keys():
+            other, old = before[key]
+            if old != values[key]:
+                print(f"overlay {name} comes last: {key} is {values[key]}, not {old} as in {other}")
+        before |= {key: (name, value) for key, value in values.items()}
+        set_values(folder, values)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -38,6 +38,7 @@ class Recipe:
         modulate: keep for each task a mask of one bit a weight, with which the merged model can become that task again.
         dtype: of the merged weights; default: the starting point's.
         heads: file of heads that replace the task vectors' own, as ``distil --heads`` writes it.
+        other_start: the task vectors may come from another starting point.
     """
 
     pretrained: str
@@ -53,6 +54,7 @@ class Recipe:
     modulate: bool = False
     dtype: str = ""
     heads: str = ""
+    other_start: bool = False
 
     where: ClassVar[Callable[[Place], str]] = staticmethod(
         lambda place: ""
@@ -73,6 +75,11 @@ class Recipe:
         """
         try:
             text = Path(path).read_text()
+            for event in yaml.parse(text):
+                if isinstance(event, yaml.AliasEvent):  # a few lines of them stand for more than any memory holds
+                    raise UserError(
+                        f"{path}, line {event.start_mark.line + 1}: *{event.anchor}: a recipe has no aliases"
+                    )
             node = yaml.compose(text, Loader=yaml.SafeLoader)
             content = yaml.safe_load(text)
         except FileNotFoundError:
@@ -123,7 +130,7 @@ def check(content: object, where: Callable[[Place], str]) -> dict[str, Any]:
     Raises:
         UserError: one line that names the entry and the nearest valid name.
     """
-    known = list(Recipe.__dataclass_fields__)
+    known = [entry.name for entry in fields(Recipe)]
     if not isinstance(content, dict):
         raise UserError(f"{where(())}a recipe must have the entries {', '.join(known)}")
     _known_names(content, known, (), where, "a recipe has")
@@ -135,6 +142,8 @@ def check(content: object, where: Callable[[Place], str]) -> dict[str, Any]:
         for position, item in enumerate(_typed(content, name, list, "a list", (), where, default=[])):
             if not isinstance(item, str):
                 raise UserError(f"{where((name, position))}{name} must be text, got {item!r}")
+    if content.get("include") == []:
+        raise UserError(f"{where(('include',))}include has no pattern, so nothing would be merged")
     method = _typed(content, "method", str, "the name of a merge method", (), where, default="average")
     if method not in METHODS:
         choice = f"{nearest(method, METHODS)}; there are {', '.join(METHODS)}"
@@ -149,7 +158,7 @@ def check(content: object, where: Callable[[Place], str]) -> dict[str, Any]:
         _known_names(override, ["tensors", "parameters"], place, where, "an override has")
         _typed(override, "tensors", str, "a pattern of tensor names", place, where)
         _check_parameters(own, _typed(override, "parameters", dict, "a dictionary", place, where), tasks, place, where)
-    if content.get("sparsify"):
+    if content.get("sparsify") not in (None, "", {}):
         _check_step(content["sparsify"], SPARSIFIERS, "sparsifier", ("sparsify",), where)
     for position, step in enumerate(_typed(content, "postprocess", list, "a list", (), where, default=[])):
         _check_step(step, POSTPROCESSORS, "post-processor", ("postprocess", position), where)
@@ -157,6 +166,7 @@ def check(content: object, where: Callable[[Place], str]) -> dict[str, Any]:
         raise UserError(f"{where(('seed',))}seed must be a whole number")
     if _typed(content, "modulate", bool, "true or false", (), where, default=False):
         _check_modulated(content, method, where)
+    _typed(content, "other_start", bool, "true or false", (), where, default=False)
     _typed(content, "heads", str, "the path of a file", (), where, default="")
     dtype = _typed(content, "dtype", str, "text", (), where, default="")
     if dtype and dtype not in DTYPES:

@@ -56,6 +56,31 @@ class Facts:
     tool_version: str = ""
     data: dict[str, str] = field(default_factory=dict)
 
+    def check(self) -> None:
+        """Refuse what no ``diff`` writes.
+
+        Raises:
+            ValueError: names the entry.
+        """
+        texts = ("task", "pretrained_sha256", "finetuned_sha256", "pretrained_name", "tool_version")
+        for name in texts:
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be text")
+        names = [self.task, *self.labels]
+        if not isinstance(self.labels, list) or not all(
+            isinstance(n, str) and n.strip() and n.isprintable() for n in names
+        ):
+            raise ValueError("task and labels must be names")
+        if len({"background", *(label.lower() for label in self.labels)}) != 1 + len(self.labels):
+            raise ValueError("labels must differ, and none may be the background")
+        if not isinstance(self.network_def, dict) or not isinstance(self.label_map, dict):
+            raise ValueError("network_def and label_map must be dictionaries")
+        values = [value for values in self.label_map.values() for value in values]
+        if not all(isinstance(value, str | int) for value in values):
+            raise ValueError("label_map must have labels or their numbers")
+        if not all(isinstance(word, str) for entry in self.data.items() for word in entry):
+            raise ValueError("data must be text")
+
 
 @dataclass(frozen=True)
 class Block:
@@ -140,10 +165,9 @@ class TaskVector:
             content = json.loads(header)
             tensors = content.pop("tensors")
             whole = content.pop("checksums")
-            content["structure"] = Structure(**content["structure"])
+            content["structure"] = Structure.read(content["structure"])
             self.facts = Facts(**content)
-            if not all(isinstance(word, str) for entry in self.facts.data.items() for word in entry):
-                raise ValueError("data must be text")
+            self.facts.check()
             self.tensors = {name: self._tensor(name, **entry) for name, entry in tensors.items()}
             self.head = self._whole("head", self.facts.structure.head, whole)
             self.buffers = self._whole(
@@ -164,6 +188,11 @@ class TaskVector:
     @property
     def task(self) -> str:
         return self.facts.task
+
+    def same_start(self, other: TaskVector) -> bool:
+        """Whether both say that they come from the same starting point: by its identity, and by the checksums of its tensors."""
+        mine, theirs = ({name: t.pretrained for name, t in v.tensors.items()} for v in (self, other))
+        return self.facts.pretrained_sha256 == other.facts.pretrained_sha256 and mine == theirs
 
     def block(self, name: str, number: int) -> Block:
         """Entries ``number * BLOCK`` and on of a tensor of the backbone.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -12,13 +13,16 @@ from tools.bundle_code.corruptions import BLOCKS, shuffle_blocks
 
 
 def shuffle_one_by_one(image: np.ndarray, R: RandomState, blocks: int = BLOCKS) -> np.ndarray:
-    """The same as ``shuffle_blocks``, a block at a time."""
+    """The same as ``shuffle_blocks``, a block at a time; single numbers from Python, which is faster at them."""
     shuffled = image.copy()
+    chance = random.Random(int(R.randint(2**31)))
     for _ in range(blocks):
-        size = [R.randint(1, d // 10 + 1) for d in image.shape]
-        start = [R.randint(0, d - n + 1) for d, n in zip(image.shape, size, strict=True)]
+        size = [chance.randint(1, d // 10) for d in image.shape]
+        start = [chance.randint(0, d - n) for d, n in zip(image.shape, size, strict=True)]
         window = tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))
-        shuffled[window] = R.permutation(image[window].ravel()).reshape(size)
+        block = image[window].flatten()
+        R.shuffle(block)
+        shuffled[window] = block.reshape(size)
     return shuffled
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from monai.transforms import Compose, EnsureChannelFirstd, Invertd, LoadImaged
 
-from tools.bundle_code.images import Spacingd, image_series, list_images
+from tools.bundle_code.images import LoadImageOrSeriesd, ReadableImages, Spacingd, image_series, list_images
 
 
 def touch(folder, *names):
@@ -57,6 +57,35 @@ def test_a_dicom_segmentation_beside_the_slices_is_passed_over(real_data):
         ["03.dcm", "02.dcm", "01.dcm"],
     )
     assert list_images(folder) == [{"image": str(folder)}]
+
+
+def saved(path, array):
+    nibabel.save(nibabel.Nifti1Image(array.astype(np.float32), np.eye(4)), path)
+    return {"image": str(path)}
+
+
+def test_voxels_that_are_no_numbers_are_read_as_zero_and_named(tmp_path, caplog):
+    array = np.ones((4, 5, 6))
+    array[1, 2, 3], array[0, 0, 0] = np.nan, np.inf
+    image = LoadImageOrSeriesd("image")(saved(tmp_path / "gap.nii.gz", array))["image"]
+    assert image[1, 2, 3] == image[0, 0, 0] == 0 and image.sum() == 118
+    assert "gap.nii.gz: 2 voxels are NaN or infinite" in caplog.text
+
+
+def test_images_that_cannot_be_read_are_left_out_and_named(tmp_path, caplog):
+    load = Compose([LoadImageOrSeriesd("image"), EnsureChannelFirstd("image")])
+    good = [saved(tmp_path / f"{i}.nii.gz", np.full((4, 5, 6), i)) for i in range(3)]
+    broken = saved(tmp_path / "broken.nii.gz", np.zeros((40, 50, 60)))
+    whole = (tmp_path / "broken.nii.gz").read_bytes()
+    (tmp_path / "broken.nii.gz").write_bytes(whole[: len(whole) // 2])
+    data = ReadableImages([good[0], broken, *good[1:]] * 2, transform=load, progress=False)
+    assert [int(item["image"].max()) for item in data] == [0, 1, 2] * 2
+    assert caplog.text.count("broken.nii.gz cannot be read and is left out") == 1
+    with pytest.raises(ValueError, match="none of the images can be read"):
+        ReadableImages([broken], transform=load, progress=False)
+    two = saved(tmp_path / "two.nii.gz", np.zeros((4, 5, 6, 2)))
+    with pytest.raises(ValueError, match=r"two\.nii\.gz has 2 channels, the network takes 1"):
+        ReadableImages([good[0], two], transform=load, progress=False)
 
 
 def test_resampling_leaves_other_entries_about_the_image_alone(tmp_path):

@@ -11,7 +11,7 @@ from monai.data import Dataset
 from monai.transforms import RandGaussianNoise
 
 from tests.conftest import ROOT
-from tools.bundle_code.training import SeedEpochs
+from tools.bundle_code.training import ResumableCheckpoint, SeedEpochs
 
 FAULTS = """
 import resource, torch
@@ -35,6 +35,22 @@ def test_large_tensors_reuse_memory():
     words = [sys.executable, "-c", FAULTS]
     before, after = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     assert int(after) < int(before) / 10
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
+    network = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(network.parameters(), 1.0)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    files = tmp_path / "model.pt", tmp_path / "last.pt"
+    checkpoint = ResumableCheckpoint(network, optimizer, schedule, Engine(lambda *_: None), *map(str, files))
+    engine = Engine(lambda *_: network.bias.data.fill_(torch.nan) if engine.state.epoch == 2 else None)
+    checkpoint.attach(engine)
+    with pytest.raises(
+        ValueError, match="after epoch 2 the tensor bias has NaN or infinite values, and nothing is saved"
+    ):
+        engine.run([0], max_epochs=3)
+    assert not files[0].exists()
+    assert torch.load(files[1])["epoch"] == 1
 
 
 @pytest.mark.parametrize(("step", "alike"), [(0, True), (1000, False)])

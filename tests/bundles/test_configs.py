@@ -86,6 +86,15 @@ def test_the_papers_recipes(name):
     assert base["patch_size"] == [96, 96, 96]
 
 
+@pytest.mark.parametrize("overlays", [("stunet", "small"), ("small", "stunet")])
+def test_the_decay_towards_the_start_is_not_taken_for_that_of_gradient_descent(overlays):
+    """20 is right for the one; by the other it would turn the weights round."""
+    values = {}
+    for overlay in overlays:
+        values |= read("taskvector_template", f"{overlay}.json")
+    assert values["weight_decay"] == 20 and values["optimizer"]["weight_decay"] == 3e-5
+
+
 def test_the_overlays_for_wide_minima():
     for overlay in ("sam", "asam", "swa", "ema"):
         assert read("pretrain_amos", f"{overlay}.json") == read("pretrain_cui", f"{overlay}.json")

@@ -146,6 +146,19 @@ def test_new_pretraining_without_labels_is_told_what_is_wrong(start, tmp_path):
     words = ["tools", "new_pretraining", "--bundle", BUNDLE, "--output", tmp_path / "x"]
     refused(here(*words, "--dataset_dir", tmp_path / "nowhere"), "not found")
     refused(here(*words, "--dataset_dir", _dataset(start), "--labels", "{liver: 1}"), "trained without labels")
+    (tmp_path / "4d").mkdir()
+    for name in "ab":
+        nibabel.save(
+            nibabel.Nifti1Image(np.zeros((16, 16, 16, 2), np.float32), np.eye(4)), tmp_path / "4d" / f"{name}.nii.gz"
+        )
+    refused(here(*words, "--dataset_dir", tmp_path / "4d"), ".nii.gz has 2 channels, the network takes 1")
+    images = ["--dataset_dir", _dataset(start)]
+    refused(
+        here(*words, *images, "--patch_size", 12), "does not take patches of [12, 12, 12] voxels", "a multiple of 8"
+    )
+    assert not (tmp_path / "x").exists()
+    said = here(*words, *images, "--overlay", "small,residual")
+    assert "overlay residual comes last: width is 64, not 8 as in small" in said.stdout
     several = start_on(f"{_dataset(start)},{_dataset(start)}/imagesTr", tmp_path / "several")
     assert len(json.loads((several / "configs/train.json").read_text())["dataset_dir"]) == 2
 

@@ -164,6 +164,8 @@ def test_other_strides_take_what_fits(tmp_path):
         result = convert(checkpoint, tmp_path / "wrong", "--strides", wrong)
         assert result.returncode == 1
         assert "must be a list of 5" in result.stderr
+    result = convert(checkpoint, tmp_path / "wrong", "--strides", "[2,2,0,2,2]")
+    assert result.returncode == 1 and "--strides must be whole numbers from 1 on" in result.stderr
 
 
 def test_what_does_not_fit_is_an_error_and_not_a_training_from_scratch(tmp_path):

@@ -298,6 +298,12 @@ def test_what_cannot_be_converted_is_refused_in_one_line(models, tmp_path):
         own = {**described["plans"]["configurations"]["3d_fullres"], **changes}
         return {**described["plans"], "configurations": {"3d_fullres": own}}
 
+    refused("spacing must be above 0", plans=configured(spacing=[1, -1, 1]))
+    refused("must be a multiple of the strides' product", plans=configured(patch_size=[7, 15, 23]))
+    refused("the plans normalise 0 channels, dataset.json has 1", plans=configured(normalization_schemes=[]))
+    labels = {name: 2 * value for name, value in described["dataset_json"]["labels"].items()}
+    refused("must be numbered from 1 on", dataset={**described["dataset_json"], "labels": labels})
+
     def without(name):
         return lambda content: {
             **content,

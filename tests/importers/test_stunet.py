@@ -86,7 +86,9 @@ def official(tmp_path):
         old = SimpleNamespace(Pickler=OldNumPysPickler, __name__="pickle")
         torch.save(content, path, pickle_module=old)
         assert b"numpy.core.multiarray\nscalar" in path.read_bytes()
-        path.with_name(f"{path.name}.pkl").write_bytes(pickled(plans() if info is None else info))
+        content = info or plans()
+        content["plans"] |= {"num_classes": np.int64(out_channels - 1), "num_modalities": in_channels}
+        path.with_name(f"{path.name}.pkl").write_bytes(pickled(content))
         return network.double().eval(), path
 
     return make
@@ -251,6 +253,13 @@ def test_what_cannot_be_converted_is_refused_in_a_line(official, tmp_path):
         (pickled({"plans": []}), "has no plans of nnU-Net 1"),
         (pickled(plans(plans_per_stage={})), "name the .model.pkl of the checkpoint by --plans"),
         (pickled({**plans(), "name": "STUNetTrainer_large_ep4k"}), "is of STUNetTrainer_large_ep4k"),
+        (pickled(plans(num_classes=6)), "of another training: 6 classes of 1 channels, but"),
+        (
+            pickled(plans(pool_op_kernel_sizes=[[2, 2, 0], *OFFICIAL_STRIDES[1:]])),
+            "strides must be whole numbers from 1 on",
+        ),
+        (pickled(plans(current_spacing=[1.5, 1.5, np.nan])), "spacing must be above 0"),
+        (pickled(plans(patch_size=[32, 33, 64])), "the patch size [64, 33, 32] must be a multiple"),
     ):
         pkl.write_bytes(content)
         result = here(*words)
@@ -261,6 +270,9 @@ def test_what_cannot_be_converted_is_refused_in_a_line(official, tmp_path):
     pkl.write_bytes(good)
     refused(here(*words, "--labels", "[lver]"), "no label 'lver', did you mean 'liver'?")
     refused(here(*words, "--labels", "{liver: 105}"), "the checkpoint has 1 to 104")
+    refused(here(*words, "--labels", "[liver, liver]"), "--labels must name some labels, each once")
+    refused(here(*words, "--labels", "[]"), "--labels must name some labels, each once")
+    refused(here(*words, "--in_channels", "two"), "--in_channels must be a whole number, got 'two'")
     refused(here(*words, "--stem", "sum"), "--stem must be repeat or mean")
     refused(here(*words, "--sten", "mean"), "did you mean 'stem'?")
     whole = torch.load(path, weights_only=False)
@@ -275,6 +287,7 @@ def test_what_cannot_be_converted_is_refused_in_a_line(official, tmp_path):
             "norm1.running_mean is none of STU-Net",
         ),
         ({"module.seg_outputs.0.bias": torch.full((105,), torch.nan)}, "seg_outputs.0.bias has NaN"),
+        ({"module.conv_blocks_context.0.0.conv1.weight": torch.zeros(3)}, "is damaged, or not from STU-Net"),
     ):
         torch.save({**whole, "state_dict": {**state, **change}}, path)
         refused(here(*words), message)

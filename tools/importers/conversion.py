@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,6 +66,7 @@ def read_checkpoint(path: str | Path, classes: Iterable[tuple[type, str]] = ()) 
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} not found")
+    _check_archive(path)
     scalar = np._core.multiarray.scalar
     allowed = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     allowed += [np.dtype, *(type(np.dtype(name)) for name in ("float64", "float32", "int64")), *classes]
@@ -76,8 +80,52 @@ def read_checkpoint(path: str | Path, classes: Iterable[tuple[type, str]] = ()) 
                     continue
                 if "Weights only load failed" in reason or "Unsupported" in str(error):
                     reason = f"it holds something else than weights and numbers: {_unsupported(str(error))}"
+                if "weights_only" in reason:  # PyTorch's advice to execute what is in it
+                    reason = "it is no file that torch.save wrote, or damaged"
                 raise UserError(f"{path} cannot be read ({reason})") from None
     raise AssertionError("unreachable")
+
+
+def _check_archive(path: Path) -> None:
+    """Compare the checksums of an archive's files, as PyTorch does not.
+
+    Raises:
+        UserError: one of them is not what was written.
+    """
+    if zipfile.is_zipfile(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                broken = archive.testzip()
+        except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, OSError) as error:
+            raise UserError(f"{path} is damaged ({error})") from None
+        if broken:
+            raise UserError(f"{path} is damaged: {broken} in it is not what was written")
+
+
+def check_geometry(
+    where: object, patch_size: Sequence[float], spacing: Sequence[float], strides: Sequence[Sequence[int]]
+) -> None:
+    """Refuse sizes that no network and no image has.
+
+    Args:
+        where: they are from, for the message.
+        patch_size: voxels.
+        spacing: mm.
+        strides: of each level below the first, or of all.
+
+    Raises:
+        UserError: names the one that is wrong.
+    """
+    if any(not isinstance(step, int) or step < 1 for stride in strides for step in stride):
+        raise UserError(f"{where}: strides must be whole numbers from 1 on, got {strides}")
+    if not all(math.isfinite(side) and side > 0 for side in spacing):
+        raise UserError(f"{where}: spacing must be above 0, got {spacing}")
+    for axis, side in enumerate(patch_size):
+        multiple = math.prod(stride[axis] for stride in strides)
+        if side < 1 or side % multiple:
+            raise UserError(
+                f"{where}: the patch size {patch_size} must be a multiple of the strides' product, {multiple}"
+            )
 
 
 def _unsupported(message: str) -> str:

@@ -96,6 +96,10 @@ def _nnunet(checkpoint: Path, tensors: Mapping[str, Tensor], strides: Any) -> Co
         strides = own
     elif not isinstance(strides, list | tuple) or len(strides) != len(own):
         raise UserError(f"--strides {strides} must be a list of {len(own)}, as the file's are: {own}")
+    for stride in strides:
+        steps = [*stride] if isinstance(stride, list | tuple) else [stride] * 3
+        if len(steps) != 3 or not all(type(step) is int and step > 0 for step in steps):
+            raise UserError(f"--strides must be whole numbers from 1 on, one or three for each level; got {strides}")
     network_def = {
         "_target_": "monai.networks.nets.DynUNet",
         "spatial_dims": 3,

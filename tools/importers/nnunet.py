@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tools.bundle import read_json
 from tools.errors import UserError
-from tools.importers.conversion import Conversion, named_tensors, read_checkpoint
+from tools.importers.conversion import Conversion, check_geometry, named_tensors, read_checkpoint
 from tools.instantiate import stated_facts
 from tools.network import instantiate
 
@@ -82,6 +82,7 @@ def read(checkpoint: Path, plans: str = "", dataset_json: str = "") -> Conversio
         raise UserError(
             f"{checkpoint}: its plans.json or dataset.json are not nnU-Net's ({type(error).__name__}: {error})"
         ) from None
+    check_geometry(f"{checkpoint}: plans.json", patch_size, preprocessing[-1]["spacing"], network_def["strides"])
     weights = named_tensors(content["network_weights"], checkpoint, "network_weights")
     tensors, origins, others = _in_order(weights, network_def, axes, f"{checkpoint} ({content.get('trainer_name')})")
     facts = {
@@ -171,7 +172,10 @@ def _labels(dataset: Mapping[str, Any]) -> list[str]:
             "one label, the one of the largest logit"
         )
     numbers = {name: int(value[0] if isinstance(value, list) else value) for name, value in values.items()}
-    return sorted((n for n in numbers if numbers[n] != 0 and n != "ignore"), key=numbers.__getitem__)
+    names = sorted((n for n in numbers if numbers[n] != 0 and n != "ignore"), key=numbers.__getitem__)
+    if [numbers[name] for name in names] != [*range(1, 1 + len(names))]:
+        raise UserError(f"the labels in dataset.json must be numbered from 1 on, each number once; they are {numbers}")
+    return names
 
 
 def _preprocessing(
@@ -192,6 +196,10 @@ def _preprocessing(
         or {}
     )
     masked = configuration.get("use_mask_for_norm", [False] * channels)
+    if len(configuration["normalization_schemes"]) != channels:
+        raise UserError(
+            f"the plans normalise {len(configuration['normalization_schemes'])} channels, dataset.json has {channels}"
+        )
     schemes = []
     for channel, name in enumerate(configuration["normalization_schemes"]):
         if name not in SCHEMES:

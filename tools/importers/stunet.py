@@ -21,7 +21,7 @@ import yaml
 
 from tools.bundle import read_json
 from tools.errors import UserError, nearest
-from tools.importers.conversion import Conversion, named_tensors, read_checkpoint
+from tools.importers.conversion import Conversion, check_geometry, named_tensors, read_checkpoint
 from tools.labels import parse_channels
 from tools.vendor import BUNDLES
 
@@ -67,6 +67,8 @@ def read(
 
     if stem not in ("repeat", "mean"):
         raise UserError(f"--stem must be repeat or mean, got {stem!r}")
+    if type(in_channels) is not int or in_channels < 0:
+        raise UserError(f"--in_channels must be a whole number, got {in_channels!r}")
     content = read_checkpoint(checkpoint)
     if not isinstance(content, Mapping) or "state_dict" not in content:
         raise UserError(f"{checkpoint} is no checkpoint of nnU-Net 1: it has no state_dict")
@@ -83,12 +85,21 @@ def read(
         stage, axes, schemes = _stage(info, found_channels)
         strides = [list(map(int, stride)) for stride in stage["pool_op_kernel_sizes"]]
         strides = [[stride[axis] for axis in axes] for stride in (strides + [[1, 1, 1]] * 5)[: len(channels) - 1]]
-        patch_size, spacing = ([stage[key][axis] for axis in axes] for key in ("patch_size", "current_spacing"))
+        patch_size = [int(stage["patch_size"][axis]) for axis in axes]
+        spacing = [float(stage["current_spacing"][axis]) for axis in axes]
+        outputs = {"num_classes": classes - 1, "num_modalities": found_channels}
+        others = {name: int(info["plans"].get(name, number)) for name, number in outputs.items()}
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(
             f"{path} has not what a bundle needs ({type(error).__name__}: {error}): name the .model.pkl of the checkpoint by "
             "--plans"
         ) from None
+    if others != outputs:
+        raise UserError(
+            f"{path} is of another training: {others['num_classes']} classes of {others['num_modalities']} channels, but "
+            f"{checkpoint} has {classes - 1} of {found_channels}; strides cannot be seen from weights, so name its own by --plans"
+        )
+    check_geometry(path, patch_size, spacing, strides)
     _check_tensors(weights, channels, depth, found_channels, classes, checkpoint)
     names, rows = _labels(labels, classes)
     images = in_channels or found_channels
@@ -110,8 +121,8 @@ def read(
         values={
             **({"size": size} if size else {"channels": channels, "depth": depth}),
             "strides": strides,
-            "patch_size": [int(side) for side in patch_size],
-            "spacing": [float(side) for side in spacing],
+            "patch_size": patch_size,
+            "spacing": spacing,
             "network_def#in_channels": images,
             "preprocessing#transforms#-1#schemes": schemes * (images // found_channels),
         },
@@ -252,8 +263,10 @@ def _labels(wanted: object, classes: int) -> tuple[list[str], list[int]]:
                 raise UserError(f"--labels: {name} is label {number!r}, but the checkpoint has 1 to {classes - 1}")
         return [str(name) for name in numbered], [0, *map(int, numbered.values())]
     names = _listed(wanted)
+    if not names or len(set(names)) != len(names):
+        raise UserError(f"--labels must name some labels, each once; got {wanted}")
     if known is not standard:
-        if len(names) != classes - 1 or len(set(names)) != len(names):
+        if len(names) != classes - 1:
             raise UserError(
                 f"--labels names {len(names)} labels, the checkpoint has {classes - 1}: name each once, in order, or some with "
                 'their numbers: "{liver: 5}"'

@@ -10,6 +10,7 @@ import inspect
 import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, Protocol, TypeVar
@@ -44,6 +45,10 @@ class Within:
         return " and ".join(bounds) or "finite"
 
     def __contains__(self, value: float) -> bool:
+        try:
+            value = float(value)
+        except OverflowError:
+            return False
         return np.isfinite(value) and (self.low < value if self.open else self.low <= value) and value <= self.high
 
 
@@ -100,9 +105,16 @@ class Parameter:
         if isinstance(value, bool) or not isinstance(value, kinds):
             what = "a whole number" if self.kind is int else "a number"
             more = ", or one for each task" if self.within.per_task else ""
-            raise UserError(f"{method}: {self.name} must be {what}{more}; got {value!r}")
+            raise UserError(f"{method}: {self.name} must be {what}{more}; got {value!r}{_as_number(value)}")
         if value not in self.within:
             raise UserError(f"{method}: {self.name} must be {self.within}, got {value}")
+
+
+def _as_number(value: object) -> str:
+    """A hint for what people take for a number, and YAML for text, such as 1e-1."""
+    with suppress(ValueError):
+        return f" (text: write {float(value)})" if isinstance(value, str) else ""
+    return ""
 
 
 class Deltas(Protocol):

@@ -204,7 +204,8 @@ class ResumableCheckpoint:
         average: of the network's weights: it is attached, validated, kept as the model, and kept with the state of the run.
 
     Raises:
-        ValueError: at the start, when the checkpoint is broken or of another network or optimiser.
+        ValueError: at the start, when the checkpoint is broken or of another network or optimiser; at the end of an epoch, when
+            weights are NaN or infinite: then what was saved before stays.
     """
 
     def __init__(
@@ -263,6 +264,13 @@ class ResumableCheckpoint:
         engine.logger.info(f"resumed after epoch {engine.state.epoch} from {self.checkpoint_path}")
 
     def __call__(self, engine: Engine) -> None:
+        weights = (self.parts["network"] if self.average is None else self.average.model.module).state_dict()
+        for name, tensor in weights.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise ValueError(
+                    f"after epoch {engine.state.epoch} the tensor {name} has NaN or infinite values, and nothing is saved: look "
+                    "at the images and labels, or lower the learning rate"
+                )
         score = None
         if self.validated:
             metric = float(self.validator.state.metrics[self.validator.state.key_metric_name])
@@ -273,7 +281,6 @@ class ResumableCheckpoint:
         better = eligible and (self.best is None or score > self.best)
         if better or (self.best_epoch == 0 and engine.state.epoch == engine.state.max_epochs):
             self.best, self.best_epoch = score, engine.state.epoch
-            weights = (self.parts["network"] if self.average is None else self.average.model.module).state_dict()
             self._write({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, self.model_path)
         state = {name: part.state_dict() for name, part in self.parts.items()}
         self._write(

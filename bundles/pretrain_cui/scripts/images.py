@@ -10,8 +10,9 @@ from typing import Any
 
 import itk
 import monai.transforms
+import torch
 from monai.config import KeysCollection, PathLike
-from monai.data import ITKReader
+from monai.data import CacheDataset, ITKReader
 from monai.transforms import LoadImaged
 from monai.utils import ensure_tuple
 
@@ -113,6 +114,54 @@ class LoadImageOrSeriesd(LoadImaged):
     def __init__(self, keys: KeysCollection, **kwargs: Any) -> None:
         super().__init__(keys, **kwargs)
         self.register(DicomSeriesReader())
+
+    def __call__(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict[Hashable, Any]:
+        result = super().__call__(data, reader)
+        for key in self.key_iterator(result):
+            image = result[key]
+            if image.is_floating_point() and not (finite := torch.isfinite(image)).all():
+                count = int((~finite).sum())
+                logger.warning(f"{data[key]}: {count} voxels are NaN or infinite; they are read as 0")
+                image[~finite] = 0
+        return result
+
+
+class ReadableImages(CacheDataset):
+    """MONAI's ``CacheDataset`` without the images that cannot be read, each of which is named.
+
+    Args:
+        data: dictionaries with "image"; the same image may be there several times.
+        channels: that an image must have after the transforms that are not random.
+        kwargs: those of ``CacheDataset``. Images that are not cached (``cache_rate``) are not looked at.
+
+    Raises:
+        ValueError: none can be read, or one has other channels.
+    """
+
+    def __init__(self, data: Sequence[Mapping[Hashable, Any]], channels: int = 1, **kwargs: Any) -> None:
+        self.channels = channels
+        super().__init__(data, hash_as_key=True, **kwargs)
+
+    def set_data(self, data: Sequence[Mapping[Hashable, Any]]) -> None:
+        super().set_data(data)
+        broken = {key for key, item in zip(self._hash_keys, self._cache, strict=True) if item is None}
+        if broken:
+            self.data = [item for item in self.data if self.hash_func(item) not in broken]
+        if not len(self.data):
+            raise ValueError("none of the images can be read")
+
+    def _load_cache_item(self, idx: int) -> Any:
+        try:
+            item = super()._load_cache_item(idx)
+        except Exception as error:  # libraries raise nearly anything on a damaged file
+            reason = " ".join(str(error).split())[:200]
+            logger.warning(f"{self.data[idx]['image']} cannot be read and is left out ({reason})")
+            return None
+        if len(item["image"]) != self.channels:
+            raise ValueError(
+                f"{self.data[idx]['image']} has {len(item['image'])} channels, the network takes {self.channels}"
+            )
+        return item
 
 
 class Spacingd(monai.transforms.Spacingd):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .images import list_images
 from .inferers import full_size
+from .nnunet_data import count_channels
 
 
 def unlabelled_images(
@@ -37,11 +38,13 @@ def unlabelled_images(
 
     Raises:
         FileNotFoundError: no such folder, or no image in it.
-        ValueError: fewer than two images, or no such part.
+        ValueError: fewer than two images, no such part, or a dataset whose images have other channels.
     """
     folders = [dataset_dir] if isinstance(dataset_dir, str | os.PathLike) else list(dataset_dir)
     images: list[dict[str, Any]] = []
     for folder in map(Path, folders):
+        if (folder / "dataset.json").is_file() and (count := count_channels(folder)) != channels:
+            raise ValueError(f"images of {folder} have {count} channels, the network takes {channels}")
         train = folder / "imagesTr"
         images += list_images(train if train.is_dir() else folder, channels)
     if len(images) < 2:
