@@ -8,7 +8,9 @@ and, for weights, from what the reference reader gives too.
 
 from __future__ import annotations
 
+import copy
 import io
+import json
 import random
 import sys
 import tempfile
@@ -23,11 +25,16 @@ import torch
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
+from tools.bundle import Bundle
 from tools.errors import UserError
+from tools.heads import stacked_heads
+from tools.merge import check_vectors
+from tools.merge_engine import MergeEngine
 from tools.network import Structure
 from tools.recipe import Recipe
 from tools.task_statistics import TaskStatistics, save_statistics
-from tools.task_vector import Facts, TaskVector, save_task_vector
+from tools.task_vector import FORMAT, Facts, TaskVector, save_task_vector
+from tools.vendor import BUNDLES
 from tools.weights_file import WeightsFile
 
 RECIPE = b"""pretrained: start
@@ -150,6 +157,7 @@ class Vector:
             save_task_vector(path, facts, backbone, {"head": np.ones((2, 3), np.float32)}, {"steps": np.int64(4)})
             self.data = path.read_bytes()
             self.content = self.read(path)
+        self.before = {"w": before.reshape(3, 20), "b": before[:7], "head": np.zeros((9, 3), np.float32)}
 
     def make(self, chance: random.Random) -> bytes:
         return mutated(self.data, chance)
@@ -162,6 +170,72 @@ class Vector:
         for name, array in self.read(path).items():
             found = [a for a in self.content.values() if a.shape == array.shape and np.array_equal(a, array)]
             assert found, f"tensor {name} is not what was written"
+
+
+class Header(Vector):
+    """A task vector whose header is sound JSON that says something else; it is merged, too."""
+
+    name = "header.safetensors"
+    ODD = (
+        None,
+        True,
+        -1,
+        0,
+        1,
+        2**70,
+        0.5,
+        "",
+        "w",
+        "head",
+        "nope",
+        "a\nb",
+        [],
+        {},
+        ["w"],
+        ["nope"],
+        {"w": 0},
+        {"w": "b"},
+        [[1]],
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        size = int.from_bytes(self.data[:8], "little")
+        self.container = json.loads(self.data[8 : 8 + size])
+        self.body = self.data[8 + size :]
+        self.start = Bundle(BUNDLES / "pretrain_amos")
+
+    def make(self, chance: random.Random) -> bytes:
+        header = json.loads(self.container["__metadata__"][FORMAT])
+        for _ in range(chance.choice((1, 1, 2))):
+            where = header
+            while True:
+                key = chance.choice([*where] if isinstance(where, dict) else [*range(len(where))])
+                if not (isinstance(where[key], dict | list) and where[key]) or chance.random() < 0.4:
+                    break
+                where = where[key]
+            if isinstance(where, dict) and chance.random() < 0.2:
+                where[chance.choice(("w", "head", "nope", "plain", "groups", "aliases", "constants", "transposed"))] = (
+                    copy.deepcopy(chance.choice(self.ODD))
+                )
+            else:
+                where[key] = copy.deepcopy(chance.choice(self.ODD))
+        container = {**self.container, "__metadata__": {FORMAT: json.dumps(header)}}
+        text = json.dumps(container).encode()
+        return len(text).to_bytes(8, "little") + text + self.body
+
+    def check(self, path: Path) -> None:
+        weights = path.with_name("start.pt")
+        torch.save({name: torch.from_numpy(array) for name, array in self.before.items()}, weights)
+        vector, start = TaskVector(path), WeightsFile(weights)
+        check_vectors([str(path)], [vector], self.start, start)
+        for method in ("task_arithmetic", "ties", "iso_c"):
+            engine = MergeEngine(Recipe("start", [str(path)], method, {"scale": 1.0}), start, [vector])
+            for name, pieces in engine.pieces():
+                merged = np.concatenate([*pieces]).view("<f4")
+                assert merged.size == self.before[name].size, f"tensor {name} has another size"
+        stacked_heads(vector.facts.structure, [vector.head])
+        assert all(label.strip() for label in vector.facts.labels)
 
 
 class Statistics:
@@ -220,7 +294,7 @@ def same(ours: dict[str, np.ndarray], theirs: dict[str, torch.Tensor]) -> None:
         assert np.array_equal(ours[name], tensor.numpy()), f"tensor {name} differs"
 
 
-def fuzz(target: Torch | Safetensors | Vector | Statistics | RecipeFile, inputs: int, seed: int) -> Counter:
+def fuzz(target: Torch | Safetensors | Vector | Header | Statistics | RecipeFile, inputs: int, seed: int) -> Counter:
     """Feed mutated inputs to a reader.
 
     Returns:
@@ -255,7 +329,7 @@ def fuzz(target: Torch | Safetensors | Vector | Statistics | RecipeFile, inputs:
 def main(inputs: int = 100_000, seed: int = 0) -> None:
     warnings.simplefilter("ignore")
     began = time.time()
-    targets = (Torch(), Safetensors(), Vector(), Statistics(), RecipeFile())
+    targets = (Torch(), Safetensors(), Vector(), Header(), Statistics(), RecipeFile())
     for target in targets:
         fuzz(target, inputs // len(targets), seed)
     print(f"no crash, no wrong accept; {time.time() - began:.0f} s")

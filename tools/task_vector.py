@@ -259,6 +259,9 @@ class TaskVector:
 
     def _tensor(self, name: str, remainders: list[int], checksums: list[str], pretrained: list[str]) -> Tensor:
         entry = self._file.entries[f"backbone/{name}"]
+        tables = ((remainders, int), (checksums, str), (pretrained, str))
+        if not all(isinstance(table, list) and all(type(n) is kind for n in table) for table, kind in tables):
+            raise ValueError(f"tensor {name} has a wrong table of blocks")
         lengths = {len(remainders), len(checksums), len(pretrained)}
         if entry.dtype != "float32" or lengths != {-(-entry.size // BLOCK)} or min(remainders, default=0) < 0:
             raise ValueError(f"tensor {name} has a wrong table of blocks")
