@@ -199,6 +199,29 @@ def test_weights_however_they_are_wrapped(tmp_path, prefix, wrapped):
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
+@pytest.mark.parametrize(("stem", "factor"), [("mean", 1), ("repeat", 3)])
+def test_the_first_layer_is_repeated_for_more_channels(tmp_path, stem, factor):
+    write_bundle(tmp_path / "spleen")
+    result = convert(tmp_path / "spleen", tmp_path / "out", "--in_channels", 3, "--stem", stem)
+    assert result.returncode == 0, result.stderr
+    before, bundle = Bundle(tmp_path / "spleen"), Bundle(tmp_path / "out")
+    assert bundle.in_channels == 3 and bundle.inference["dataset"]["data"]["channels"] == 3
+    image = torch.rand(1, 1, 16, 16, 16)
+    with torch.inference_mode():
+        one, three = (b.network().eval() for b in (before, bundle))
+        for tensor in (one.state_dict(), three.state_dict()):
+            for name in tensor:
+                if name in ("model.0.conv.unit0.conv.bias", "model.0.residual.bias"):
+                    tensor[name].zero_()  # so that the first layer is linear
+        torch.testing.assert_close(three(image.repeat(1, 3, 1, 1, 1) / factor), one(image))
+    assert (
+        f"repeated for 3 channels{', divided by 3' if stem == 'mean' else ''} |"
+        in (tmp_path / "out/docs/conversion.md").read_text()
+    )
+    result = convert(tmp_path / "out", tmp_path / "more", "--in_channels", 4)
+    assert result.returncode == 1 and "only the first layer of a network that takes 1 channel" in result.stderr
+
+
 def test_a_network_and_transforms_that_only_the_bundle_has_the_code_of(tmp_path):
     own = changed(network_def={"_target_": "scripts.mine.Net", "in_channels": 1, "out_channels": 2})
     state = {"conv.weight": torch.rand(2, 1, 3, 3, 3), "conv.bias": torch.rand(2)}

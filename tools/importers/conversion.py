@@ -134,6 +134,32 @@ def _unsupported(message: str) -> str:
     return lines[0] if lines else message.splitlines()[0]
 
 
+def check_stem(in_channels: object, stem: object) -> None:
+    """Refuse options of a first layer that is repeated for more channels.
+
+    Raises:
+        UserError: names the option.
+    """
+    if stem not in ("repeat", "mean"):
+        raise UserError(f"--stem must be repeat or mean, got {stem!r}")
+    if type(in_channels) is not int or in_channels < 0:
+        raise UserError(f"--in_channels must be a whole number, got {in_channels!r}")
+
+
+def repeated(kernel: Tensor, copies: int, stem: str) -> tuple[Tensor, str]:
+    """A kernel (out, 1, …) that takes one channel, for several: (out, copies, …), and what was done.
+
+    Args:
+        kernel: of a first layer.
+        copies: number of channels.
+        stem: "repeat", as STU-Net's published code does it, or "mean": divided by their number, so that equal channels give
+            what one gave.
+    """
+    several = kernel.repeat(1, copies, *[1] * (kernel.dim() - 2))
+    said = f"repeated for {copies} channels"
+    return (several / copies, f"{said}, divided by {copies}") if stem == "mean" else (several, said)
+
+
 def named_tensors(state: Any, path: str | Path, where: str) -> dict[str, Tensor]:
     """The tensors of a part of a checkpoint, by name without the prefixes of wrapped networks.
 

@@ -21,7 +21,14 @@ import yaml
 
 from tools.bundle import read_json
 from tools.errors import UserError, nearest
-from tools.importers.conversion import Conversion, check_geometry, named_tensors, read_checkpoint
+from tools.importers.conversion import (
+    Conversion,
+    check_geometry,
+    check_stem,
+    named_tensors,
+    read_checkpoint,
+    repeated,
+)
 from tools.labels import parse_channels
 from tools.vendor import BUNDLES
 
@@ -65,10 +72,7 @@ def read(
     """
     from tools.bundle_code.stunet import SIZES
 
-    if stem not in ("repeat", "mean"):
-        raise UserError(f"--stem must be repeat or mean, got {stem!r}")
-    if type(in_channels) is not int or in_channels < 0:
-        raise UserError(f"--in_channels must be a whole number, got {in_channels!r}")
+    check_stem(in_channels, stem)
     content = read_checkpoint(checkpoint)
     if not isinstance(content, Mapping) or "state_dict" not in content:
         raise UserError(f"{checkpoint} is no checkpoint of nnU-Net 1: it has no state_dict")
@@ -297,8 +301,8 @@ def _converted(
             tensor = tensor.permute(0, 1, *(2 + axis for axis in axes))
             said.append("axes turned from z, y, x")
         if name in STEM and copies > 1:
-            tensor = tensor.repeat(1, copies, 1, 1, 1) / (copies if stem == "mean" else 1)
-            said.append(f"repeated for {copies} channels" + (f", divided by {copies}" if stem == "mean" else ""))
+            tensor, how = repeated(tensor, copies, stem)
+            said.append(how)
         if name.startswith(HEADS) and list(rows) != list(range(len(tensor))):
             tensor = tensor[list(rows)]
             said.append(f"rows {', '.join(map(str, rows))}")
