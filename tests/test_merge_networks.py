@@ -390,3 +390,14 @@ def test_monai_verifies_and_exports_a_merge_of_heads_of_several_layers(chain, tm
     run("monai.bundle", "ckpt_export", "network_def", *weights, *files, cwd=tmp_path / "m", PYTHONPATH="")
     image = torch.rand(1, 1, 16, 16, 16)
     torch.testing.assert_close([torch.jit.load(tmp_path / "m.ts")(image)], outputs_of(tmp_path / "m", image))
+
+
+@pytest.mark.parametrize("chain", ["UNet"], indirect=True)
+def test_one_task_alone_keeps_its_statistics_by_every_method_of_pairs(chain, tmp_path):
+    _, folder, _, networks = chain
+    for method in ("slerp", "nuslerp"):
+        words = {"pretrained": str(folder / "start"), "vectors": f"{folder}/one.safetensors", "method": method}
+        merge(output=str(tmp_path / method), **words)
+        merged, own = Bundle(tmp_path / method).state(), networks["one"].state_dict()
+        names = [name for name in own if name.endswith(("running_mean", "running_var"))]
+        assert names and all(torch.allclose(merged[name], own[name]) for name in names)

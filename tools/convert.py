@@ -29,6 +29,8 @@ SOURCES = {
     "nnunet": "nnU-Net 2: fold_*/checkpoint_*.pth of a trained model's folder, which has plans.json and dataset.json",
     "monai": "any MONAI bundle with weights, such as the model zoo's: its folder",
 }
+# of what a file holds instead of a checkpoint
+UNFORESEEN = (TypeError, KeyError, IndexError, AttributeError, RuntimeError)
 
 
 def convert(
@@ -73,13 +75,7 @@ def convert(
     with complete_output(output, overwrite) as folder:
         try:
             conversion = read(path, **options)
-        except (
-            TypeError,
-            KeyError,
-            IndexError,
-            AttributeError,
-            RuntimeError,
-        ) as error:  # of content that nobody foresaw
+        except UNFORESEEN as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise UserError(f"{path} is damaged, or not from {SOURCES[source].split(':')[0]} ({reason})") from error
         write_conversion(folder, source, SOURCES[source].split(":")[0], path, conversion)

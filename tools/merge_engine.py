@@ -326,9 +326,11 @@ def in_order(function: Callable[[Any], Any], tasks: Iterable[Any], threads: int)
 
 def _shares(parameters: Mapping[str, Any], tasks: int) -> np.ndarray:
     """How much each task counts in the mean of running statistics: as its coefficient does; nothing where all are zero."""
-    t = parameters.get("t", 0.5)
-    factors = np.array([1 - t, t] if "t" in parameters else per_task(parameters.get("weights", 1.0), tasks))
-    factors = factors * np.abs(per_task(parameters.get("scale", 1.0), tasks))
+    if "t" in parameters and tasks == 2:
+        factors = np.array([1 - parameters["t"], parameters["t"]])
+    else:
+        factors = np.array(per_task(parameters.get("weights", 1.0), tasks))
+    factors *= np.abs(per_task(parameters.get("scale", 1.0), tasks))
     return factors / (factors.sum() or 1.0)
 
 
