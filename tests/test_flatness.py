@@ -12,7 +12,7 @@ from tests.conftest import ROOT, here
 from tools.bundle_code.residual_unet import ResidualUNet3D
 from tools.instantiate import copy_template, set_labels
 
-QUICK = ("--scans", 2, "--patches", 1, "--patch_size", 8, "--points", 3, "--noise", "0.01,0.1", "--seeds", 2)
+QUICK = {"--scans": 2, "--patches": 1, "--patch_size": 8, "--points": 3, "--noise": "0.01,0.1", "--seeds": 2}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,8 @@ def bundles(tmp_path_factory):
 
 
 def flatness(dataset, output, *words):
-    return here("tools", "flatness", "--dataset_dir", dataset, "--part", "all", "--output", output, *QUICK, *words)
+    given = [word for flag, value in QUICK.items() if flag not in words for word in (flag, value)]
+    return here("tools", "flatness", "--dataset_dir", dataset, "--part", "all", "--output", output, *given, *words)
 
 
 def test_everything_is_written_and_comes_out_the_same_again(bundles, dataset, tmp_path):
