@@ -121,7 +121,7 @@ def draw(studies: Sequence[Results], path: str | Path, order: Collection[str] = 
 
     panels = [
         (
-            (dataset.partition("_")[2] or dataset) + ", organs unseen" * study.size["unseen"],
+            (dataset.partition("_")[2] or dataset) + "\norgans unseen" * study.size["unseen"],
             study.by_start(dataset, order),
         )
         for study in studies
@@ -147,7 +147,7 @@ def draw(studies: Sequence[Results], path: str | Path, order: Collection[str] = 
         axis.set_xticks(range(len(seeds)), labels, fontsize=8)
         axis.set_yticks(range(len(titles)), titles, fontsize=8)
         axis.tick_params(length=0)
-        axis.set_title(name, fontsize=10)
+        axis.set_title(name, fontsize=9)
     figure.colorbar(image, ax=axes, label="share of the specialists' Dice that is kept", pad=0.01)
     figure.supxlabel("starting point (mean Dice of its specialists)", fontsize=9)
     figure.savefig(path, dpi=130)
