@@ -1,6 +1,6 @@
 """``make bench``: speed, as ratios within one run.
 
-Without a word all of it, or what is named: training, inference, cohort, merging, corruptions.
+Without a word all of it, or what is named: training, inference, cohort, merging, methods, corruptions.
 
 ``ARGS="large <folder>"`` measures the memory of a merge of 1.48 billion parameters, for which the folder must have 60 GB.
 """
@@ -8,7 +8,7 @@ Without a word all of it, or what is named: training, inference, cohort, merging
 import sys
 
 if __name__ == "__main__":
-    wanted = sys.argv[1:] or ["training", "inference", "cohort", "merging", "corruptions"]
+    wanted = sys.argv[1:] or ["training", "inference", "cohort", "merging", "methods", "corruptions"]
     if "training" in wanted:
         import torch
 
@@ -28,6 +28,10 @@ if __name__ == "__main__":
         from tests.benchmarks.merging import compare_merging
 
         compare_merging()
+    if "methods" in wanted:
+        from tests.benchmarks.merging import measure_methods
+
+        measure_methods()
     if "corruptions" in wanted:
         from tests.benchmarks.corruptions import compare_shuffles
 

@@ -24,7 +24,9 @@ import numpy as np
 import yaml
 from safetensors.numpy import save_file
 
+from tools.compare import PAIRS_ONLY
 from tools.lineage import backbone_sha256
+from tools.merge_methods import METHODS
 from tools.network import Structure
 from tools.task_vector import Facts, save_task_vector
 from tools.weights_file import WeightsFile, write_torch
@@ -34,6 +36,7 @@ MERGEKIT = ROOT / ".venv-mergekit" / "bin" / "mergekit-pytorch"
 NETWORK = {"_target_": "tools.bundle_code.residual_unet.ResidualUNet3D", "in_channels": 1, "out_channels": 2}
 HEAD = {"head.weight": 0, "head.bias": 0}
 WIDTH, TASKS = 128, 4
+PUBLISHED_WIDTH = 64
 LARGE_WIDTH, LARGE_TASKS = 504, 8
 DENSITY = 0.2
 
@@ -64,6 +67,18 @@ def compare_merging(runs: int = 5) -> None:
             seconds = statistics.median(s for s, _ in pairs[1:])
             memory = max(m for _, m in pairs[1:])
             print(f"{name:<34} {seconds:8.2f} s {seconds / floor:7.1f} x {memory:7.0f} MiB", flush=True)
+
+
+def measure_methods() -> None:
+    """Print seconds and largest resident memory of every merge method that needs no statistics, for the published network."""
+    with tempfile.TemporaryDirectory(dir=ROOT) as folder:
+        files = made_models(folder, PUBLISHED_WIDTH, TASKS)
+        size = f"{files['parameters'] / 1e6:.1f} M parameters"
+        print(f"\n{size}, starting point and {TASKS} vectors, page cache warm, whole processes")
+        for name, method in METHODS.items():
+            if not method.needs_statistics and name not in PAIRS_ONLY:
+                seconds, memory = measured(ours(folder, TASKS, name))
+                print(f"{name:<34} {seconds:8.2f} s {memory:7.0f} MiB", flush=True)
 
 
 def measure_large_merge(folder: str) -> None:
