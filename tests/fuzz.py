@@ -226,7 +226,8 @@ class Header(Vector):
 
     def check(self, path: Path) -> None:
         weights = path.with_name("start.pt")
-        torch.save({name: torch.from_numpy(array) for name, array in self.before.items()}, weights)
+        if not weights.is_file():
+            torch.save({name: torch.from_numpy(array) for name, array in self.before.items()}, weights)
         vector, start = TaskVector(path), WeightsFile(weights)
         check_vectors([str(path)], [vector], self.start, start)
         for method in ("task_arithmetic", "ties", "iso_c"):

@@ -26,10 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BINS = 15
-WIDTH, LARGEST = (
-    0.05,
-    20.0,
-)  # of the margins' own, finer bins, from which temperatures are found; larger margins count as this
+WIDTH = 0.05  # of the margins' own, finer bins, from which temperatures are found
+LARGEST = 20.0  # larger margins count as this
 TEMPERATURES = (0.05, 20.0)  # to look among
 AROUND_MM = 10.0  # voxels further away are background that every model is sure of: they would hide everything else
 OURS = "scripts.sliding_window.SlidingWindow"

@@ -11,7 +11,7 @@ from monai.data import Dataset
 from monai.transforms import RandGaussianNoise
 
 from tests.conftest import ROOT
-from tools.bundle_code.training import ResumableCheckpoint, SeedEpochs
+from tools.bundle_code.training import ResumableCheckpoint, SeedEpochs, WeightAverage
 
 FAULTS = """
 import resource, torch
@@ -37,12 +37,15 @@ def test_large_tensors_reuse_memory():
     assert int(after) < int(before) / 10
 
 
-def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
+@pytest.mark.parametrize("averaged", [False, True])
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path, averaged):
     network = torch.nn.Linear(2, 1)
     optimizer = torch.optim.SGD(network.parameters(), 1.0)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
     files = tmp_path / "model.pt", tmp_path / "last.pt"
-    checkpoint = ResumableCheckpoint(network, optimizer, schedule, Engine(lambda *_: None), *map(str, files))
+    average = WeightAverage(network, "swa", start=0.9) if averaged else None  # which has not begun
+    validator = Engine(lambda *_: None)
+    checkpoint = ResumableCheckpoint(network, optimizer, schedule, validator, *map(str, files), average=average)
     engine = Engine(lambda *_: network.bias.data.fill_(torch.nan) if engine.state.epoch == 2 else None)
     checkpoint.attach(engine)
     with pytest.raises(

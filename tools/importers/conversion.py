@@ -96,7 +96,7 @@ def _check_archive(path: Path) -> None:
         try:
             with zipfile.ZipFile(path) as archive:
                 broken = archive.testzip()
-        except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, OSError) as error:
+        except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError) as error:
             raise UserError(f"{path} is damaged ({error})") from None
         if broken:
             raise UserError(f"{path} is damaged: {broken} in it is not what was written")

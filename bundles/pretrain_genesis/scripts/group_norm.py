@@ -71,9 +71,7 @@ class GroupNorm3d(nn.GroupNorm):
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting() or torch.jit.is_tracing():
             return nn.functional.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
-        if (
-            forward_ad.unpack_dual(self.weight).tangent is not None
-        ):  # a derivative that PyTorch has for this format alone
+        if forward_ad.unpack_dual(self.weight).tangent is not None:  # PyTorch has these for the contiguous format alone
             input = input.contiguous()
         elif torch.is_grad_enabled() and input.device.type == "cpu" and _is_channels_last(input):
             return _ChannelsLastGroupNorm.apply(input, self.weight, self.bias, self.num_groups, self.eps)
