@@ -20,6 +20,7 @@ COMMANDS = {
     "statistics": "what the methods fisher and regmean need of a specialist, from unlabelled scans",
     "merge": "task vectors and their starting point into one bundle",
     "distil": "merge with coefficients learned from a few scans, with labels or without",
+    "pseudo_labels": "what all specialists see in unlabelled scans, as a dataset to train one model on",
     "recalibrate": "measure a merged network's batch normalisation anew",
     "edit": "add, remove or re-weight tasks of a merged bundle",
     "inspect": "what a bundle or a task vector is: lineage, labels, sizes, norms, conflicts",

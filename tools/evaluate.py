@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from tools.scores import Score, read_scores, score_label_map, write_scores
 from tools.segmenter import Segmenter
 from tools.summary import Summary, summarise
 from tools.summary_table import markdown
+from tools.unfinished import clear, made, unfinished
 
 
 def evaluate(
@@ -87,10 +87,9 @@ def evaluate(
         "labels": {b.name: b.labels for b in bundles},  # of the label maps, from 1 on
         "tolerance_mm": tolerance,
     }
-    partial = Path(f"{Path(output)}.partial")
     with complete_output(output, overwrite, sign="summary.json") as folder:
         folder.mkdir()
-        done = {b.name: partial / _key(b, dataset_dir, renamed, tolerance) for b in bundles}
+        done = {b.name: unfinished(output, b.name, _facts(b, dataset_dir, renamed, tolerance)) for b in bundles}
         scores: list[Score] = []
         with _scoring_processes(workers) as executor:
             for b in bundles:
@@ -105,7 +104,7 @@ def evaluate(
         if overlays:
             for name, case in tqdm(cases.items(), desc="pictures", disable=None, leave=False):
                 _draw(folder, bundles, name, case, dataset_dir, renamed)
-    _clear(partial)
+    clear(output)
     pictures = ", one PNG per case" if overlays else ""
     print(f"{table}\nwritten: {output}/scores.csv, summary.json, summary.md, label_maps/{pictures}")
 
@@ -162,8 +161,8 @@ def score_bundle(
         facts = (bundle.name, name, folder / f"{name}.nii.gz", cases[name]["label"], channels, tolerance)
         return executor.submit(_score_case, *facts) if executor else _score_case(*facts)
 
-    to_segment = {name: case for name, case in cases.items() if not _made(folder / f"{name}.nii.gz", case["image"])}
-    to_score = [name for name in cases if name not in to_segment and not _made(folder / f"{name}.csv", cases[name])]
+    to_segment = {name: case for name, case in cases.items() if not made(folder / f"{name}.nii.gz", case["image"])}
+    to_score = [name for name in cases if name not in to_segment and not made(folder / f"{name}.csv", cases[name])]
     if len(cases) > len(to_segment):
         print(f"{bundle.name}: goes on, {len(cases) - len(to_segment)} of {len(cases)} cases were segmented before")
     scored = [score(name) for name in to_score]
@@ -185,33 +184,16 @@ def _calibration(
     bundle: Bundle, dataset_dir: str | Path, cases: Mapping[str, Mapping[str, Any]], folder: Path, labels: Mapping
 ) -> CalibrationSummary:
     files = {name: folder / f"{name}.json" for name in cases}
-    missing = {name: case for name, case in cases.items() if not _made(files[name], case)}
+    missing = {name: case for name, case in cases.items() if not made(files[name], case)}
     if missing:
         calibrate(bundle, missing, matched_channels(bundle, dataset_dir, labels), folder)
     return summarise_calibration([read_json(file) for file in files.values()])
 
 
-def _made(path: Path, sources: Any) -> bool:
-    """Whether a file is there and was made after the image, images, or image and label that it is made from."""
-    if isinstance(sources, Mapping):
-        return all(_made(path, source) for source in sources.values())
-    files = [sources] if isinstance(sources, str) else sources
-    return path.is_file() and path.stat().st_mtime >= max(Path(file).stat().st_mtime for file in files)
-
-
-def _key(bundle: Bundle, dataset_dir: str | Path, labels: Mapping, tolerance: float) -> str:
-    """The name of a folder for what a bundle, as it is now, makes of a dataset with these settings."""
+def _facts(bundle: Bundle, dataset_dir: str | Path, labels: Mapping, tolerance: float) -> list[Any]:
+    """What decides what comes out of a bundle, as it is now, on a dataset."""
     facts = [file_sha256(bundle.model_file), bundle.inference, bundle.label_map]
-    facts += [str(Path(dataset_dir).resolve()), {str(k): v for k, v in labels.items()}, tolerance]
-    return f"{bundle.name}_{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]}"
-
-
-def _clear(partial: Path) -> None:
-    """Remove what was kept for the case that the evaluation is stopped, also with other settings, and nothing else."""
-    for folder in partial.glob(f"*_{'[0-9a-f]' * 16}"):
-        shutil.rmtree(folder)
-    with suppress(OSError):  # it holds something else
-        partial.rmdir()
+    return [*facts, str(Path(dataset_dir).resolve()), {str(k): v for k, v in labels.items()}, tolerance]
 
 
 @contextmanager

@@ -37,13 +37,19 @@ def copy_template(template: Path, output: Path) -> None:
     (output / "models").mkdir()
 
 
-def set_labels(output: Path, label_map: Mapping[str, list[int | str]]) -> None:
+def set_labels(output: Path, label_map: Mapping[str, list[int | str]], dataset_dir: str | Path | None = None) -> None:
     """Write the output channels into train.json, inference.json and metadata.json.
 
     Args:
         output: the bundle.
         label_map: names of the channels 1..C, each with the labels of the training dataset that it stands for.
+        dataset_dir: that dataset. If its labels stand for those of others (``pseudo_labels``), metadata.json has these.
     """
+    said = read_json(Path(dataset_dir) / "dataset.json").get("label_map") if dataset_dir else None
+    said = said if isinstance(said, Mapping) else {}
+    original = {
+        name: [s for source in sources for s in said.get(source, [source])] for name, sources in label_map.items()
+    }
     count = 1 + len(label_map)
     names = {"0": "background", **{str(i): name for i, name in enumerate(label_map, start=1)}}
     for config, path in _configs(output, CONFIGS_WITH_NETWORK):
@@ -59,7 +65,7 @@ def set_labels(output: Path, label_map: Mapping[str, list[int | str]]) -> None:
     metadata = read_json(path)
     pred = metadata["network_data_format"]["outputs"]["pred"]
     pred["num_channels"], pred["channel_def"] = count, names
-    metadata["label_map"] = dict(label_map)
+    metadata["label_map"] = original
     metadata["pred_classes"] = (
         f"{count} channels: background (constant 0) and one logit per label; argmax gives the label map"
     )

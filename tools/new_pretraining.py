@@ -49,7 +49,7 @@ def new_pretraining(
     with complete_output(output, overwrite) as folder:
         copy_template(source.path, folder)
         if supervised:
-            set_labels(folder, label_map)
+            set_labels(folder, label_map, dataset_dir)
         set_values(folder, {"dataset_dir": directories[0] if len(directories) == 1 else directories})
         apply_overlays(folder, overlay)
         if patch_size:

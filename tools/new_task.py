@@ -75,7 +75,7 @@ def new_task(
     with complete_output(output, overwrite) as folder:
         copy_template(TEMPLATE, folder)
         set_starting_point(folder, start, structure, out_channels=1 + len(label_map))
-        set_labels(folder, label_map)
+        set_labels(folder, label_map, dataset_dir)
         set_values(folder, {"dataset_dir": str(Path(dataset_dir).resolve())})
         apply_overlays(folder, overlay)
         (folder / "models" / "pretrained").mkdir()

@@ -16,21 +16,17 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def choose_scans(
-    images: str | Path, bundle: Bundle, part: str, split_file: str, count: int, seed: int
-) -> list[dict[str, Any]]:
-    """Choose scans at random.
+def all_scans(images: str | Path, bundle: Bundle, part: str, split_file: str) -> list[dict[str, Any]]:
+    """The scans of a folder of images, or of an nnU-Net dataset.
 
     Args:
-        images: folder of images, or an nnU-Net dataset.
+        images: the folder.
         bundle: its network says how many channels an image has.
         part: of an nnU-Net dataset's split; empty for all labelled cases.
         split_file: JSON file with the split; empty for the dataset's own.
-        count: how many.
-        seed: of the choice.
 
     Returns:
-        For each a dictionary with the path, or paths, of the "image".
+        For each a dictionary with the path, or paths, of the "image"; of a dataset with that of the "label" too.
 
     Raises:
         UserError: there are none.
@@ -41,12 +37,18 @@ def choose_scans(
     if not Path(images).exists():
         raise UserError(f"{images} not found: --images must name a folder of images, or an nnU-Net dataset")
     if (Path(images) / "dataset.json").is_file():
-        cases = list(find_cases(images, part or "all", split_file, 0).values())
-    else:
-        try:
-            cases = list_images(images, bundle.in_channels)
-        except (FileNotFoundError, ValueError) as error:
-            raise UserError(str(error)) from None
+        return list(find_cases(images, part or "all", split_file, 0).values())
+    try:
+        return list_images(images, bundle.in_channels)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(str(error)) from None
+
+
+def choose_scans(
+    images: str | Path, bundle: Bundle, part: str, split_file: str, count: int, seed: int
+) -> list[dict[str, Any]]:
+    """Choose so many of ``all_scans`` at random."""
+    cases = all_scans(images, bundle, part, split_file)
     order = np.random.default_rng(seed).permutation(len(cases))
     return [cases[position] for position in sorted(order[:count])]
 
