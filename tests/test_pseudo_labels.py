@@ -154,4 +154,6 @@ def test_what_it_cannot_use_is_refused(chain, tmp_path):
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(module.UserError, match="not overwritten"):
         pseudo_labels(vectors=str(liver), **{**options, "output": str(tmp_path / "mine")}, overwrite=True)
+    with pytest.raises(module.UserError, match="holds the images"):
+        pseudo_labels(vectors=str(liver), **{**options, "output": str(chain.dataset)}, overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"empty", "mine"}

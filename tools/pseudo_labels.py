@@ -61,15 +61,16 @@ def pseudo_labels(
     files = split_paths(vectors)
     if not files:
         raise UserError("no task vectors, so no specialists")
+    if Path(output).resolve() in (Path(images).resolve(), *Path(images).resolve().parents):
+        raise UserError(f"{output} holds the images; choose another --output")
     start = Bundle(pretrained)
     cases = _by_name(all_scans(images, start, part, split_file))
     with (
         complete_output(output, overwrite, sign="dataset.json") as folder,
         tempfile.TemporaryDirectory() as temporary,
     ):
-        merge_recipe(
-            Recipe(pretrained, files), Path(temporary) / "all", quiet=True
-        )  # for its channels, not its weights
+        # a merge has the channels of all; its weights are not used
+        merge_recipe(Recipe(pretrained, files), Path(temporary) / "all", quiet=True)
         stacked = Bundle(Path(temporary) / "all")
         specialists = rebuild(pretrained, files)
         tasks = [TaskVector(path) for path in files]
@@ -110,7 +111,7 @@ def _by_name(scans: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]
 
     cases: dict[str, Mapping[str, Any]] = {}
     for scan in scans:
-        file = Path(first_file(scan)).resolve().name
+        file = Path(first_file(scan)).absolute().name
         ending = next((ending for ending in FILE_ENDINGS if file.endswith(ending)), "")
         name = file.removesuffix(ending).removesuffix("_0000")
         if name in cases:

@@ -191,7 +191,8 @@ def _one(folder: Path, dataset: Path, wanted: Mapping[str, list], name: str, see
         vectors.append(vector)
     merge = {"pretrained": start, "vectors": ",".join(map(str, vectors))}
     diffs = [f"{slug(task)}_diff" for task in wanted]
-    others = [folder / "joint_training"]
+    student = _student(steps, folder, dataset, cohorts, merge, wanted, overrides, size)
+    others = [folder / "joint_training", student]
     for extra, flags in {
         "distilled": ("distil", scans | {"seed": seed}),
         "emr_modulated": ("merge", {"method": "emr", "modulate": True}),
@@ -204,7 +205,35 @@ def _one(folder: Path, dataset: Path, wanted: Mapping[str, list], name: str, see
         "compare", **merge, specialists=",".join(map(str, specialists)), others=",".join(map(str, others)),
         dataset_dir=dataset.resolve(), split_file=split, scales=size.scales, output=folder / "compare",
     )  # fmt: skip
-    steps.run("compare", compare, folder / "compare" / "results.json", [*diffs, "joint_training", "distilled"])
+    after = [*diffs, "joint_training", "student", "distilled"]
+    steps.run("compare", compare, folder / "compare" / "results.json", after)
+
+
+def _student(
+    steps: Steps,
+    folder: Path,
+    dataset: Path,
+    cohorts: Cohorts,
+    merge: Mapping[str, object],
+    wanted: Mapping[str, list],
+    overrides: Mapping[str, object],
+    size: Size,
+) -> Path:
+    """A bundle trained on what the specialists see in the pre-training group's images, as long as each of them was."""
+    from tools.bundle_code.nnunet_data import make_folds
+
+    pseudo, bundle, split = folder / "pseudo_labels", folder / "student", cohorts.splits / "pretrain.json"
+    scans = {"images": dataset.resolve(), "part": "train", "split_file": split}
+    see = tools("pseudo_labels", **merge, **scans, overlays=False, output=pseudo)
+    steps.run("pseudo_labels", see, pseudo, [f"{slug(task)}_diff" for task in wanted])
+    labels = json.dumps({task: task for task in wanted})
+    new = {"pretrained": merge["pretrained"], "dataset_dir": pseudo, "task": "student", "labels": labels}
+    steps.run("student_setup", tools("new_task", **new, overlay="small", output=bundle), bundle, ["pseudo_labels"])
+    folds = make_folds(json.loads(split.read_text())[0]["train"], 0)  # as many as the training makes of them
+    kept = {name: value for name, value in overrides.items() if name != "split_file"}
+    epochs = _epochs(size.finetune_steps, len(folds[0]["train"]), size.batch_size)
+    steps.run("student", train(bundle, **kept | epochs), bundle / "models" / "model.pt", ["student_setup"])
+    return bundle
 
 
 def _starting_point(
