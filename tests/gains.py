@@ -69,12 +69,12 @@ def make_plane(root):
         data / "dataset.json", {"labels": {"background": 0, "bright": 1, "dark": 2}, "channel_names": {"0": "x"}}
     )
     values = np.repeat([1.0, 0.5, -0.5, -1.0], 2)
-    for number in range(8):
+    for number in range(12):
         image = np.broadcast_to(values[:, None, None], (8, 6 + number, 6)).astype(np.float32)
         label = (image == 1) + 2 * (image == -1)
         nibabel.save(nibabel.Nifti1Image(image, np.eye(4)), data / f"imagesTr/case{number}_0000.nii.gz")
         nibabel.save(nibabel.Nifti1Image(label.astype(np.uint8), np.eye(4)), data / f"labelsTr/case{number}.nii.gz")
-    names = [f"case{number}" for number in range(8)]
+    names = [f"case{number}" for number in range(12)]
     (root / "split.json").write_text(json.dumps([{"train": [], "val": names[:6], "test": names[6:]}]))
     return root
 

@@ -62,3 +62,19 @@ def test_results_of_other_weights_are_refused(chain, results, tmp_path):
     assert result.returncode == 1 and "evaluate the bundle as it is now" in result.stderr
     result = here("tools", "card", "--bundle", chain.merged, "--results", tmp_path)
     assert result.returncode == 1 and "no output of evaluate" in result.stderr
+
+
+def test_results_of_the_same_weights_used_otherwise_are_refused(chain, results, tmp_path):
+    """With masks for its tasks a bundle makes other label maps of the same weights."""
+    vectors = ",".join(map(str, chain.vectors.values()))
+    words = ["--pretrained", chain.pretrain, "--vectors", vectors, "--method", "emr", "--output"]
+    assert here("tools", "merge", *words, tmp_path / "plain").returncode == 0
+    assert here("tools", "merge", *words, tmp_path / "masks", "--modulate").returncode == 0
+    same = [(tmp_path / name / "models/model.pt").read_bytes() for name in ("plain", "masks")]
+    assert same[0] == same[1]
+    where = ["--dataset_dir", chain.dataset, "--overlays", False, "--output", tmp_path / "evaluation"]
+    assert here("tools", "evaluate", "--bundle", tmp_path / "plain", *where).returncode == 0
+    card = ["tools", "card", "--results", tmp_path / "evaluation", "--bundle"]
+    assert here(*card, tmp_path / "plain").returncode == 0
+    result = here(*card, tmp_path / "masks")
+    assert result.returncode == 1 and "has no results of" in result.stderr

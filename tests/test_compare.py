@@ -1,12 +1,16 @@
 """The table of methods: λ from the validation cases, scores from the test cases, and recipes that repeat a row."""
 
 import json
+import shutil
 from dataclasses import replace
 
+import nibabel
+import numpy as np
 import pytest
 import yaml
 
 from tests.conftest import here, run
+from tests.gains import make_plane
 from tools.bundle_code.nnunet_data import all_cases
 from tools.errors import UserError
 from tools.scores import read_scores, write_scores
@@ -86,10 +90,50 @@ def test_an_unknown_split_is_refused(chain, tmp_path):
     from tools.compare import compare
 
     with pytest.raises(UserError, match="not found"):
-        compare("p", "v", "s", str(chain.dataset), str(tmp_path / "none.json"), str(tmp_path / "out"))
+        compare("p", "v", str(chain.merged), str(chain.dataset), str(tmp_path / "none.json"), str(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("others", ["runs/average", "a/joint,b/joint"])
+@pytest.mark.parametrize("others", ["runs/average", "a/joint,b/joint", "runs/specialists"])
 def test_rows_of_one_name_are_refused(others):
     result = here("tools", "compare", *[f"--{flag}=x" for flag in FLAGS], "--others", others)
     assert result.returncode == 1 and "must have names that differ" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def plane(tmp_path_factory):
+    return make_plane(tmp_path_factory.mktemp("plane"))
+
+
+def compared(plane, output, *more, specialists="bright,dark"):
+    words = ["--pretrained", plane / "start", "--vectors", f"{plane}/bright.safetensors,{plane}/dark.safetensors"]
+    words += ["--specialists", ",".join(str(plane / name) for name in specialists.split(",")), "--output", output]
+    words += ["--dataset_dir", plane / "Dataset001_Quarters", "--methods", "average", *more]
+    return here("tools", "compare", *words)
+
+
+def test_scores_of_other_labels_are_not_taken_for_these(plane, tmp_path):
+    shutil.copytree(plane / "Dataset001_Quarters", tmp_path / "data")
+    where = ["--dataset_dir", tmp_path / "data", "--split_file", plane / "split.json"]
+    words = ["--pretrained", plane / "start", "--vectors", f"{plane}/bright.safetensors,{plane}/dark.safetensors"]
+    words += ["--specialists", f"{plane}/bright,{plane}/dark", "--methods", "average", "--output", tmp_path / "out"]
+    dice = []
+    for _ in range(2):
+        assert here("tools", "compare", *words, *where).returncode == 0
+        dice.append(means(json.loads((tmp_path / "out/results.json").read_text())["bundles"]["average"]))
+        for path in (tmp_path / "data" / "labelsTr").iterdir():  # the organs change places
+            label = nibabel.load(path)
+            nibabel.save(nibabel.Nifti1Image((3 - np.asarray(label.dataobj)) % 3, label.affine), path)
+    assert dice[0] == {"bright": 1.0, "dark": 0.0} and dice[1]["bright"] < 0.7
+
+
+def test_lambda_is_not_chosen_on_test_cases_nor_one_label_measured_by_two(plane, tmp_path):
+    names = [f"case{number}" for number in range(4)]
+    (tmp_path / "split.json").write_text(json.dumps([{"train": [], "val": names, "test": names[2:]}]))
+    result = compared(plane, tmp_path / "out", "--split_file", tmp_path / "split.json")
+    assert result.returncode == 1 and "share 2 cases" in result.stderr
+    result = compared(plane, tmp_path / "out", "--split_file", plane / "split.json", specialists="bright,dark,start")
+    assert result.returncode == 1 and "both have a label 'bright'" in result.stderr
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "file").write_text("")
+    result = compared(plane, tmp_path / "file", "--split_file", plane / "split.json")
+    assert result.returncode == 1 and "is a file, and --output is to be a folder" in result.stderr

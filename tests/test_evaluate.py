@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT, here, run
+from tests.gains import make_plane
 from tests.test_merge import refused
 from tools.bundle import Bundle, read_json, write_json
 from tools.errors import UserError
@@ -95,7 +96,7 @@ def test_a_stopped_evaluation_goes_on(untrained, tmp_path):
         nibabel.save(label, tmp_path / "d/labelsTs" / f"{name}.nii.gz")
     words = ["tools", "evaluate", "--bundle", tmp_path / "b", "--dataset_dir", tmp_path / "d", "--part", "Ts"]
     words += ["--overlays", "False", "--output", tmp_path / "out", "--workers"]
-    refused(here(*words, 1), "case second: the label map is not on the grid")
+    refused(here(*words, 1), "case second: ", "second.nii.gz is not on the grid of its image")
     assert not (tmp_path / "out").exists()
     (kept,) = (tmp_path / "out.partial").iterdir()
     assert {path.name for path in kept.iterdir()} == {"first.nii.gz", "first.csv", "second.nii.gz"}
@@ -178,3 +179,107 @@ def test_a_bundle_whose_inferer_gives_logits_is_segmented_as_before(chain, tmp_p
     maps = [[prediction for _, prediction, _ in segment(Bundle(b), cases)] for b in (chain.merged, other)]
     assert maps[0][0].any()
     assert all(np.array_equal(*pair) for pair in zip(*maps, strict=True))
+
+
+@pytest.fixture(scope="module")
+def plane(tmp_path_factory):
+    """A merge whose Dice is 1 for the bright organ and 0 for the dark one."""
+    root = make_plane(tmp_path_factory.mktemp("plane"))
+    vectors = f"{root}/bright.safetensors,{root}/dark.safetensors"
+    words = ["--pretrained", root / "start", "--vectors", vectors, "--output", root / "merged"]
+    assert here("tools", "merge", *words).returncode == 0
+    return root
+
+
+def evaluated(plane, output, *more, bundles="merged", data="Dataset001_Quarters"):
+    words = ["--bundle", ",".join(str(plane / name) for name in bundles.split(",")), "--output", output]
+    return here("tools", "evaluate", *words, "--dataset_dir", plane / data, "--overlays", False, *more)
+
+
+def test_what_was_begun_with_other_labels_is_not_gone_on_with(plane, tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    shutil.copytree(plane / "Dataset001_Quarters", data)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tools.evaluate._write_results", interrupted)
+        assert evaluated(plane, tmp_path / "out", data=data).returncode == 130
+    assert len(list((tmp_path / "out.partial").glob("*/*.csv"))) == 12
+    write_json(data / "dataset.json", read_json(data / "dataset.json") | {"labels": {"bright": 2, "dark": 1}})
+    assert evaluated(plane, tmp_path / "out", data=data).returncode == 0
+    assert {row.dice for row in read_scores(tmp_path / "out" / "scores.csv")} == {0.0}
+
+
+def test_voxels_of_the_ignore_label_do_not_count(plane, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(plane / "Dataset001_Quarters", data)
+    write_json(data / "dataset.json", {"labels": {"background": 0, "bright": 1, "dark": 2, "ignore": 3}})
+    for path in (data / "labelsTr").iterdir():
+        label = nibabel.load(path)
+        voxels = np.asarray(label.dataobj).copy()
+        voxels[:, :3] = np.where(voxels[:, :3] == 1, 3, voxels[:, :3])  # half of the bright organ
+        nibabel.save(nibabel.Nifti1Image(voxels, label.affine), path)
+    assert evaluated(plane, tmp_path / "out", "--calibration", data=data).returncode == 0
+    for row in read_scores(tmp_path / "out" / "scores.csv"):
+        assert row.dice == (1 if row.label == "bright" else 0) and row.predicted_ml == pytest.approx(
+            row.reference_ml * row.dice
+        )
+    words = ["--pretrained", plane / "start", "--vectors", f"{plane}/bright.safetensors,{plane}/dark.safetensors"]
+    words += [
+        "--dataset_dir",
+        data,
+        "--split_file",
+        plane / "split.json",
+        "--space",
+        "{scale: [0.5]}",
+        "--sampler",
+        "grid",
+    ]
+    assert here("tools", "search", *words, "--per_task", "none", "--output", tmp_path / "s").returncode == 0
+    assert read_json(tmp_path / "s" / "search.json")["best"]["dice"] == {"bright": 1.0, "dark": 0.0}
+
+
+def test_labels_without_a_specialist_are_in_the_table_too(plane, tmp_path):
+    text = evaluated(plane, tmp_path / "out", "--against", "bright", bundles="merged,bright").stdout
+    assert "| | bright | dark | mean | worst |" in text
+    assert "| merged | 1.000 [1.000, 1.000] (1.50) | 0.000 [0.000, 0.000] | 0.500 [0.500, 0.500] | 1.50 |" in text
+
+
+def test_what_cannot_be_meant_is_refused(plane, tmp_path):
+    output = tmp_path / "out"
+    refused(evaluated(plane, output, "--labels", "bright=1"), "--labels 'bright=1' is not a dictionary")
+    refused(
+        evaluated(plane, output, "--labels", "{brigt: 1}"), "no bundle has a channel 'brigt', did you mean 'bright'"
+    )
+    refused(evaluated(plane, output, "--part", "val"), "has no splits_final.json", "--split_file")
+    refused(evaluated(plane, output, "--workers", -1), "--workers -1: it must be 0 or more")
+    refused(evaluated(plane, output, "--tolerance", "inf"), "--tolerance inf: it must be a number")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("part", ["imagesTr/case3_0000", "labelsTr/case3"])
+def test_a_damaged_file_is_named(plane, tmp_path, part):
+    data = tmp_path / "data"
+    shutil.copytree(plane / "Dataset001_Quarters", data)
+    path = data / f"{part}.nii.gz"
+    path.write_bytes(path.read_bytes()[:60])
+    refused(evaluated(plane, tmp_path / "out", data=data), f"{path} cannot be read (")
+    words = [
+        "--pretrained",
+        plane / "start",
+        "--vectors",
+        f"{plane}/bright.safetensors",
+        "--images",
+        data,
+        "--scans",
+        12,
+    ]
+    if "images" in part:
+        refused(here("tools", "distil", *words, "--output", tmp_path / "m"), f"{path} cannot be read (")
+    else:
+        refused(
+            here("tools", "distil", *words, "--objective", "labels", "--output", tmp_path / "m"),
+            f"{path} cannot be read (",
+        )

@@ -106,6 +106,8 @@ def test_what_cannot_be_measured_is_said(bundles, dataset, tmp_path):
     refused("name bundles to measure")
     refused("--between takes 2 different bundles", "--between", f"{start},{start}")
     refused("--points must be 2 or more", "--bundle", start, "--points", 1)
+    refused("--noise inf: it must be numbers", "--bundle", start, "--noise", "inf")
+    refused("--patch_size -8: it must be 0 or more", "--bundle", start, "--patch_size", -8)
     refused("not found", "--bundle", start, dataset=tmp_path)
     wide, broken, foreign = (tmp_path / name for name in ("wide", "broken", "foreign"))
     for folder in (wide, broken, foreign):

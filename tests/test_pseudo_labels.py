@@ -1,6 +1,7 @@
 """Pseudo-labels: the specialists' own masks, in a dataset that trains, from images of any kind; a stopped run goes on."""
 
 import json
+import shlex
 import shutil
 
 import itk
@@ -30,7 +31,7 @@ def voxels(path):
 
 @pytest.fixture(scope="module")
 def dataset(chain, tmp_path_factory):
-    output = tmp_path_factory.mktemp("pseudo") / "Dataset100_Pseudo"
+    output = tmp_path_factory.mktemp("pseudo") / "Dataset100 Pseudo"
     return output, made(chain, output).stdout
 
 
@@ -68,9 +69,8 @@ def test_a_student_learns_from_them_and_is_scored_on_the_true_labels(chain, data
     assert [entry["task"] for entry in said["specialists"]] == ["liver", "spleen"]
     command = next(line for line in dataset[1].splitlines() if line.startswith("python -m tools new_task"))
     student = tmp_path / "student"
-    words = command.replace("<bundle>", str(student)).replace("'", "").split(" --labels ")[0].split()[2:]
-    labels = command.split("--labels '")[1].split("'")[0]
-    run(*words, "--labels", labels, "--overlay", "small", "--output", student)
+    words = shlex.split(command.replace("<bundle>", str(student)))[2:]
+    run(*words, "--overlay", "small")
     train(student, "--max_epochs", 1, "--frozen_epochs", 0, "--patches_per_volume", 2)
     result = here(
         "tools", "evaluate", "--bundle", student, "--dataset_dir", chain.dataset, "--output", tmp_path / "scores"
@@ -99,8 +99,10 @@ def test_other_formats_are_converted_and_damaged_images_left_out(chain, dataset,
     itk.imwrite(itk.imread(str(first)), str(images / "a.mha"))
     shutil.copyfile(second, images / "b.nii.gz")
     (images / "c.nii.gz").write_bytes(third.read_bytes()[:2000])
+    nibabel.save(nibabel.Nifti1Image(np.zeros((8, 8, 8, 2), np.float32), np.eye(4)), images / "d.nii.gz")
     result = made(chain, tmp_path / "D", images=images)
-    assert "c.nii.gz cannot be read and is left out" in result.stdout + result.stderr
+    assert "c.nii.gz cannot be read (Compressed file ended" in result.stdout + result.stderr
+    assert "d.nii.gz has 2 channels, the network takes 1; it is left out" in result.stdout + result.stderr
     own, pseudo = dataset[0] / "labelsTr", tmp_path / "D" / "labelsTr"
     for name, source in (("a", first), ("b", second)):
         expected = nibabel.load(own / source.name.replace("_0000", ""))

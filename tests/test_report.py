@@ -298,6 +298,21 @@ def volume(address: str, case: dict) -> np.ndarray:
     return np.stack(tiles, axis=2)
 
 
+def test_scans_without_organs_and_labels_of_test_cases_alone(folder, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(folder / "data", data)
+    for part in ("images", "labels"):
+        (data / f"{part}Tr").rename(data / f"{part}Ts")
+    for path in (data / "labelsTs").iterdir():
+        label = nibabel.load(path)
+        nibabel.save(nibabel.Nifti1Image(np.zeros(label.shape, np.uint8), label.affine), path)
+    words = ["--bundle", folder / "merged", "--dataset_dir", data]
+    done(here("tools", "evaluate", *words, "--part", "Ts", "--overlays", False, "--output", tmp_path / "evaluation"))
+    done(here("tools", "report", *words, "--evaluation", tmp_path / "evaluation", "--output", tmp_path / "page.html"))
+    assert "slices" in Page(tmp_path / "page.html").sections
+    assert "no case has an organ" in (tmp_path / "page.html").read_text()
+
+
 def test_the_best_cell_of_a_grid_is_framed():
     x, y = [0.0, 0.5, 1.0], [0.0, 1.0]
     svg = ElementTree.fromstring(grid_map(x, y, np.array([[1, 2, 3], [4, 5, np.nan]]), (1, 1), ("a", "b<c", "Dice")))

@@ -1,7 +1,10 @@
 """Searching the coefficients of a merge whose Dice is known in closed form, and what is refused."""
 
 import csv
+import json
+import shutil
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -58,7 +61,8 @@ def test_a_grid_is_the_closed_form_and_the_best_point_merges_to_its_score(plane,
     assert facts["equal_share"]["mean_dice"] == 0.5
     assert facts["best"]["mean_dice"] == facts["merged_again"]["mean_dice"] == 1.0
     assert facts["validation"]["of"] == 6 and len(facts["validation"]["cases"]) == 1
-    assert facts["held_out"]["best"]["mean_dice"] == 1.0 and facts["held_out"]["cases"] == ["case6", "case7"]
+    assert facts["held_out"]["best"]["mean_dice"] == 1.0
+    assert {*facts["held_out"]["cases"]} == {f"case{number}" for number in range(6, 12)}
     assert facts["held_out"]["heads_alone"]["mean_dice"] == np.mean([dice(organ, 0.0) for organ in ORGANS])
     assert "the best recipe beats the default on held-out cases: +0.5000" in text and "(λ = 0)" in text
     assert (tmp_path / "s" / "heat_map.png").stat().st_size > 5000
@@ -138,7 +142,7 @@ def test_groups_and_parameters_of_other_methods(plane, tmp_path):
         (["--method", "model_stock"], "has no coefficient to search"),
         (["--groups", "endoder", "--trials", 1], "no tensor is called 'endoder', did you mean 'encoder'"),
         (["--sampler", "supervised"], "distil --objective labels"),
-        (["--sampler", "grid", "--points", 1], "needs two values of each coefficient"),
+        (["--sampler", "grid", "--points", 1], "--points 1: it must be 2 or more"),
         (["--sampler", "gird"], "did you mean 'grid'"),
         (["--sampler", "grid", "--points", 1000], "make a grid of 1,000,000 points"),
         (["--storage", "sqlite:////no/such/folder/x.db"], "cannot be used: (sqlite3.OperationalError)"),
@@ -149,3 +153,41 @@ def test_groups_and_parameters_of_other_methods(plane, tmp_path):
 def test_what_cannot_be_searched_is_refused(plane, tmp_path, flags, message):
     error = refused(plane, tmp_path / "s", *flags)
     assert message in error and "secret" not in error
+
+
+@pytest.fixture
+def own(plane, tmp_path):
+    """A copy whose labels may be changed."""
+    return shutil.copytree(plane, tmp_path / "plane")
+
+
+def relabel(plane, numbers, change):
+    for number in numbers:
+        path = plane / f"Dataset001_Quarters/labelsTr/case{number}.nii.gz"
+        label = nibabel.load(path)
+        nibabel.save(nibabel.Nifti1Image(change(np.asarray(label.dataobj)), label.affine), path)
+
+
+def test_absent_organs_count_alike_in_the_scores_and_in_their_difference(own, tmp_path):
+    """The dark organ is in two of the held-out cases only."""
+    relabel(own, range(8, 12), lambda label: np.where(label == 2, 0, label))
+    search(own, tmp_path / "s", *GRID, "--test_part", "test")
+    found = read_json(tmp_path / "s" / "search.json")["held_out"]
+    assert found["difference"]["mean"] == found["best"]["mean_dice"] - found["default"]["mean_dice"] == 0.5
+    assert found["difference"]["cases"] == 6
+
+
+def test_other_references_are_not_gone_on_with_and_few_cases_say_nothing(own, tmp_path):
+    (own / "split.json").write_text(json.dumps([{"val": ["case0"], "test": ["case2", "case3"]}]))
+    text = search(own, tmp_path / "s", *GRID, "--test_part", "test")
+    assert "2 held-out case(s) cannot say whether the best recipe beats the default: +0.5000" in text
+    relabel(own, [0], lambda label: (3 - label) % 3)
+    assert "begun with other settings (references was" in refused(own, tmp_path / "s", *GRID)
+    relabel(own, [2, 3], np.zeros_like)
+    text = refused(own, tmp_path / "t", *GRID, "--test_part", "test")
+    assert "none of its cases has any of the organs bright, dark" in text and not (tmp_path / "t").exists()
+
+
+def test_a_part_of_a_huge_grid_needs_no_memory(plane, tmp_path):
+    groups = ("--groups", "encoder,decoder", "--sampler", "grid", "--points", 1000, "--trials", 3, "--scans", 1)
+    assert "trials: 3 complete" in search(plane, tmp_path / "s", *groups)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import re
 import signal
 import sys
 
@@ -37,6 +38,13 @@ COMMANDS = {
     "demo": "the whole chain in one go, printing each command it runs",
 }
 
+NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
+KINDS = {  # of flags, by their annotations: what a value looks like
+    "int": (re.compile(r"[-+]?\d+"), "a whole number"),
+    "float": (re.compile(NUMBER, re.IGNORECASE), "a number"),
+    "bool": (re.compile("true|false|0|1", re.IGNORECASE), "True or False"),
+}
+
 
 def main(arguments: list[str]) -> int:
     debug = "--debug" in arguments
@@ -58,10 +66,12 @@ def main(arguments: list[str]) -> int:
         _check_flags(command, arguments[1:])
         import fire
 
-        fire.Fire(command, command=arguments[1:], name=name, serialize=lambda _: None)
+        fire.Fire(command, command=_typed(command, arguments[1:]), name=name, serialize=lambda _: None)
         return 0
     except KeyboardInterrupt:
-        print("\nstopped; unfinished output was removed", file=sys.stderr)
+        print(
+            "\nstopped: nothing half-written is left, and what can go on does so when it is run again", file=sys.stderr
+        )
         return 130
     except (UserError, OSError, ValueError) as error:
         if debug:
@@ -106,6 +116,31 @@ def _check_flags(command, arguments: list[str]) -> None:
             raise UserError(
                 f"unknown flag --{flag}{nearest(flag, known)}; see python -m tools {command.__name__} --help"
             )
+
+
+def _typed(command, arguments: list[str]) -> list[str]:
+    """Arguments whose numbers are numbers, and whose text is text where fire would make something else of it (``901``, ``a,b``).
+
+    Raises:
+        UserError: a value is not of the kind that the command takes.
+    """
+    known = inspect.signature(command).parameters
+    words, name = [], ""
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if argument.startswith("--"):
+            name = flag[2:].replace("-", "_")
+            words.append(flag)
+            if not equals:
+                continue
+        else:
+            value = argument
+        kind = known[name].annotation if name in known else ""
+        if name in known and kind in KINDS and not KINDS[kind][0].fullmatch(value):
+            raise UserError(f"--{name} {value}: it must be {KINDS[kind][1]}")
+        words.append(repr(value) if kind == "str" else value)
+        name = ""
+    return words
 
 
 if __name__ == "__main__":

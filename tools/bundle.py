@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import sys
@@ -67,6 +68,19 @@ class Bundle:
     @property
     def model_file(self) -> Path:
         return self.path / "models" / "model.pt"
+
+    def sha256(self) -> str:
+        """Of what decides its label maps: weights, masks of tasks, and how inference.json uses them.
+
+        Raises:
+            UserError: there are no weights.
+        """
+        from tools.lineage import file_sha256
+
+        masks = self.path / "models" / "modulators.pt"
+        files = [self.weights().path, *([masks] if masks.is_file() else [])]
+        facts = [*map(file_sha256, files), self.inference]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def weights(self) -> WeightsFile:
         """The weights, to be read piece by piece.

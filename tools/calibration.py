@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from tools.bundle import Bundle
 from tools.errors import UserError
+from tools.segmenter import naming, preprocessed
 from tools.summary import Estimate, estimate
 from tools.summary_table import cell
 
@@ -45,7 +46,11 @@ def check_inferer(bundle: Bundle) -> None:
 
 
 def calibrate(
-    bundle: Bundle, cases: Mapping[str, Mapping[str, Any]], channels: Mapping[str, Sequence[int] | None], folder: Path
+    bundle: Bundle,
+    cases: Mapping[str, Mapping[str, Any]],
+    channels: Mapping[str, Sequence[int] | None],
+    folder: Path,
+    ignored: int | None = None,
 ) -> None:
     """Run a bundle on cases and write ``<case>.json`` for each; see ``Counts.result`` for what is in it.
 
@@ -54,6 +59,10 @@ def calibrate(
         cases: image and label paths by case.
         channels: for each output channel from 1 on the reference's voxel values; None for what the dataset does not have.
         folder: that exists.
+        ignored: the reference's value for voxels that do not count.
+
+    Raises:
+        UserError: a file cannot be read, or the network gives NaN.
     """
     import torch
     from monai.transforms import LoadImage, ResampleToMatch
@@ -65,10 +74,11 @@ def calibrate(
         parser["inferer#_target_"] = "tools.bundle_code.sliding_window.SlidingWindow"
         inferer, preprocessing = (parser.get_parsed_content(key) for key in ("inferer", "preprocessing"))
         for name, case in tqdm(cases.items(), desc=f"{bundle.name}: calibration", disable=None, leave=False):
-            image = preprocessing({"image": case["image"]})["image"]
-            reference = LoadImage(ensure_channel_first=True)(case["label"])
+            image = preprocessed(preprocessing, case["image"], bundle.in_channels)["image"]
+            with naming(case["label"]):
+                reference = LoadImage(ensure_channel_first=True)(case["label"])
             reference = ResampleToMatch(mode="nearest", padding_mode="zeros")(reference, image)[0].as_tensor()
-            counts = Counts(reference.round().long().to(device), channels, image.affine)
+            counts = Counts(reference.round().long().to(device), channels, image.affine, ignored)
             for box, logits in inferer.pieces(image.as_tensor().to(device), network):
                 counts.add(box, margins(logits, inferer.average == "probabilities"))
             partial = folder / f".{name}.json"
@@ -97,13 +107,20 @@ class Counts:
         reference: label map ``(D, H, W)`` on the network's grid.
         channels: for each output channel from 1 on its voxel values in the reference; None where it has none.
         affine: of that grid, mm.
+        ignored: the reference's value for voxels that do not count.
     """
 
-    def __init__(self, reference: Tensor, channels: Mapping[str, Sequence[int] | None], affine: Any) -> None:
+    def __init__(
+        self,
+        reference: Tensor,
+        channels: Mapping[str, Sequence[int] | None],
+        affine: Any,
+        ignored: int | None = None,
+    ) -> None:
         import torch
 
         affine = np.asarray(affine, dtype=float)
-        self.reference, self.channels = reference, channels
+        self.reference, self.channels, self.ignored = reference, channels, ignored
         self.millilitres = abs(np.linalg.det(affine[:3, :3])) / 1000
         margin = np.ceil(AROUND_MM / np.linalg.norm(affine[:3, :3], axis=0)).astype(int)
         self.regions = {
@@ -128,6 +145,10 @@ class Counts:
     def _count(self, label: str, over: Tensor, reference: Tensor, values: Sequence[int]) -> None:
         import torch
 
+        if self.ignored is not None:
+            over, reference = over[reference != self.ignored], reference[reference != self.ignored]
+        if over.isnan().any():
+            raise UserError(f"the network gives NaN for {label}")
         probability = over.double().sigmoid()
         truth = torch.isin(reference, torch.tensor(values, device=reference.device)).double()
         place = (probability * BINS).long().clamp(max=BINS - 1)

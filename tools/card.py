@@ -11,7 +11,6 @@ from typing import Any
 from tools.bundle import Bundle, read_json
 from tools.errors import UserError
 from tools.instantiate import update_metadata
-from tools.lineage import file_sha256
 from tools.scores import read_scores
 from tools.summary import BundleSummary, Estimate, summarise
 
@@ -32,12 +31,11 @@ def card(bundle: str, results: str) -> None:
     if not (folder / "evaluation.json").is_file() or not (folder / "scores.csv").is_file():
         raise UserError(f"{results} is no output of evaluate: it has no evaluation.json and scores.csv")
     evaluation = read_json(folder / "evaluation.json")
-    names = [name for name, sha256 in evaluation["weights"].items() if sha256 == file_sha256(subject.model_file)]
-    if not names:
-        raise UserError(f"{results} has no results of {subject.model_file}: evaluate the bundle as it is now")
-    summary = summarise([score for score in read_scores(folder / "scores.csv") if score.bundle == names[0]]).bundles[
-        names[0]
-    ]
+    name = evaluated_as(subject, evaluation)
+    if not name:
+        raise UserError(f"{results} has no results of {subject.path}: evaluate the bundle as it is now")
+    scores = [score for score in read_scores(folder / "scores.csv") if score.bundle == name]
+    summary = summarise(scores).bundles[name]
     if not summary.mean["dice"].cases:
         raise UserError(f"{results} has no Dice of {subject.path}: the reference has none of its organs")
     means = {label: round(v["dice"].mean, 4) for label, v in summary.labels.items() if v["dice"].cases}
@@ -50,6 +48,13 @@ def card(bundle: str, results: str) -> None:
     text = path.read_text() if path.is_file() else f"# {subject.name}\n"
     path.write_text(_with_results(text, where, summary, evaluation["tolerance_mm"]))
     print(f"{path}: Dice of {len(means)} labels on {where}")
+
+
+def evaluated_as(subject: Bundle, evaluation: Mapping[str, Any]) -> str:
+    """The name that a bundle, as it is now, has in the evaluation.json of ``evaluate``; empty if it is not there."""
+    known = evaluation.get("bundles")
+    same = [name for name, sha256 in known.items() if sha256 == subject.sha256()] if isinstance(known, dict) else []
+    return subject.name if subject.name in same else "".join(same[:1])
 
 
 def write_card(folder: Path, lineage: Mapping[str, Any], label_map: Mapping[str, object]) -> None:

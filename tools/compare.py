@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ import numpy as np
 import yaml
 
 from tools.bundle import Bundle
-from tools.errors import UserError, nearest
-from tools.evaluate import find_cases, score_bundle
+from tools.errors import UserError, nearest, numbers
+from tools.evaluate import score_bundle, separate_cases
 from tools.lineage import file_sha256
 from tools.merge import split_paths
 from tools.merge_methods import METHODS
@@ -29,6 +29,7 @@ from tools.task_vector import TaskVector
 
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5)
 PAIRS_ONLY = ("slerp", "nuslerp")
+SPECIALISTS, NEW_HEADS = "specialists", "starting point + new heads (λ = 0)"  # rows that are always there
 
 
 def compare(
@@ -62,10 +63,13 @@ def compare(
         if name not in METHODS:
             raise UserError(f"no merge method {name!r}{nearest(name, METHODS)}; there are {', '.join(METHODS)}")
     trained = {Path(path).name: path for path in split_paths(others)}
-    if {*trained} & {*METHODS} or len(trained) < len(split_paths(others)):
+    if {*trained} & {*METHODS, SPECIALISTS, NEW_HEADS} or len(trained) < len(split_paths(others)):
         raise UserError(
-            "the folders of --others must have names that differ, and are no merge method's: they name the rows"
+            f"the folders of --others must have names that differ, and are neither {SPECIALISTS!r} nor a merge method's: "
+            "they name the rows"
         )
+    if Path(output).exists() and not Path(output).is_dir():
+        raise UserError(f"{output} is a file, and --output is to be a folder")
     files = split_paths(vectors)
     if len(files) > 2:
         chosen = [name for name in chosen if name not in PAIRS_ONLY]
@@ -73,12 +77,13 @@ def compare(
         if not all(statistics_file(path, name).is_file() for path in files):
             print(f"{name} is left out: not every task vector has its statistics (python -m tools statistics)")
             chosen.remove(name)
-    values = [float(value) for value in (scales if isinstance(scales, tuple | list) else [scales])]
+    values = numbers("scales", scales)
+    _check_owners([Bundle(path) for path in split_paths(specialists)])
     scorer = _Scorer(Path(output), dataset_dir, split_file)
     own = [score for path in split_paths(specialists) for score in scorer.bundle(Path(path), "test")]
-    rows = {"specialists": own}
+    rows = {SPECIALISTS: own}
     start = Recipe(pretrained, files, "task_arithmetic", {"scale": 0.0})
-    rows["starting point + new heads (λ = 0)"] = scorer.recipe(start, "test")
+    rows[NEW_HEADS] = scorer.recipe(start, "test")
     rows |= {name: scorer.bundle(Path(path), "test") for name, path in trained.items()}
     notes: dict[str, str] = {}
     for name in chosen:
@@ -96,13 +101,23 @@ def compare(
         rows[name] = scorer.recipe(best, "test")
         print(f"{name} {notes.get(name, '')}: mean Dice {mean_dice(rows[name]):.3f}", flush=True)
     scores = [replace(score, bundle=title) for title, found in rows.items() for score in found]
-    summary = summarise(scores, {score.label: "specialists" for score in own})
+    summary = summarise(scores, {score.label: SPECIALISTS for score in own})
     text = markdown(summary, notes=notes)
     (scorer.output / "results.md").write_text(text)
     (scorer.output / "results.json").write_text(
         json.dumps(summary.as_dict() | {"notes": notes}, indent=2, allow_nan=False)
     )
     print(f"\n{text}\nwritten: {output}/results.md, results.json, recipes/")
+
+
+def _check_owners(specialists: Sequence[Bundle]) -> None:
+    """Refuse two specialists of one label: which of them is the others' measure?"""
+    owners: dict[str, Path] = {}
+    for bundle in specialists:
+        for label in bundle.labels:
+            if label in owners:
+                raise UserError(f"--specialists: {owners[label]} and {bundle.path} both have a label {label!r}")
+            owners[label] = bundle.path
 
 
 class _Scorer:
@@ -112,28 +127,30 @@ class _Scorer:
         self.output = output
         self.dataset_dir = dataset_dir
         self._merges: MergeScorer | None = None
-        self.cases = {part: find_cases(dataset_dir, part, split_file, 0) for part in ("val", "test")}
+        validation, test = separate_cases(dataset_dir, "val", "test", split_file, 0)
+        self.cases = {"val": validation, "test": test}
+        self.contents = {part: _contents(dataset_dir, cases) for part, cases in self.cases.items()}
         for folder in ("recipes", "scores"):
             (output / folder).mkdir(parents=True, exist_ok=True)
 
     def recipe(self, recipe: Recipe, part: str) -> list[Score]:
         """What ``merge`` and ``evaluate`` would find, without writing the bundle."""
         vectors = [TaskVector(path) for path in recipe.vectors]
-        inputs = [vector.sha256 for vector in vectors]
+        inputs = [Bundle(recipe.pretrained).inference, *(vector.sha256 for vector in vectors)]
         if METHODS[recipe.method].needs_statistics:
             inputs += [TaskStatistics(vector, recipe.method).sha256 for vector in vectors]
         how = {name: value for name, value in recipe.as_dict().items() if name not in ("pretrained", "vectors")}
         scale = f"_{recipe.parameters['scale']:g}" if "scale" in recipe.parameters else ""
         path = self._path(f"{recipe.method}{scale}", part, [how, inputs])
         if not path.is_file():
-            self._merges = self._merges or MergeScorer(recipe, self.dataset_dir, {})
+            self._merges = self._merges or MergeScorer(recipe, self.dataset_dir)
             scores = self._merges.scores(recipe, self.cases[part])
             write_scores(path, [score for _, found in scores for score in found])
         return read_scores(path)
 
     def bundle(self, folder: Path, part: str) -> list[Score]:
         bundle = Bundle(folder)
-        path = self._path(bundle.name, part, [file_sha256(bundle.weights().path)])
+        path = self._path(bundle.name, part, [bundle.sha256(), bundle.label_map])
         if not path.is_file():
             with tempfile.TemporaryDirectory() as temporary:
                 write_scores(path, score_bundle(bundle, self.dataset_dir, self.cases[part], Path(temporary), {}))
@@ -147,6 +164,17 @@ class _Scorer:
 
     def _path(self, name: str, part: str, made_of: Sequence[Any]) -> Path:
         """The file for the scores of something, whose name changes with what it is made of and with the cases."""
-        facts = [*made_of, str(Path(self.dataset_dir).resolve()), *self.cases[part]]
+        facts = [*made_of, self.contents[part]]
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         return self.output / "scores" / f"{name}_{part}_{key[:16]}.csv"
+
+
+def _contents(dataset_dir: str, cases: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What scores on cases depend on: their files' contents, and what the dataset calls its labels."""
+    from tools.bundle_code.nnunet_data import read_labels
+
+    found: dict[str, Any] = {"labels": read_labels(dataset_dir)}
+    for name, case in cases.items():
+        images = [case["image"]] if isinstance(case["image"], str) else case["image"]
+        found[f"case {name}"] = [file_sha256(file) for file in [*images, case["label"]]]
+    return found

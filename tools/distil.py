@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from tools.bundle import Bundle
-from tools.errors import UserError, nearest
+from tools.errors import UserError, at_least, nearest
 from tools.heads import free_entries, stacked_heads, unstacked_heads
 from tools.labelled_patches import labelled_patches
 from tools.lineage import backbone_sha256
@@ -91,6 +91,8 @@ def distil(
     ):
         if value not in known:
             raise UserError(f"--{name} must be {' or '.join(known)}, got {value!r}{nearest(str(value), known)}")
+    at_least(1, scans=scans, patches=patches, steps=steps, batch_size=batch_size)
+    at_least(0, patch_size=patch_size, learning_rate=learning_rate, head_learning_rate=head_learning_rate)
     start = Bundle(pretrained)
     files = split_paths(vectors)
     if not files:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -18,3 +19,30 @@ def nearest(word: str, words: Iterable[str]) -> str:
     """``, did you mean 'merge'?`` for the most similar of some words, or nothing."""
     found = difflib.get_close_matches(word, list(words), n=1)
     return f", did you mean {found[0]!r}?" if found else ""
+
+
+def at_least(minimum: float, **values: float) -> None:
+    """Refuse flags below a minimum.
+
+    Raises:
+        UserError: names the first of them.
+    """
+    for name, value in values.items():
+        if not value >= minimum:
+            raise UserError(f"--{name} {value}: it must be {minimum} or more")
+
+
+def numbers(name: str, values: object) -> list[float]:
+    """A flag's numbers, one or several, with commas or without.
+
+    Raises:
+        UserError: one of them is none, or not finite.
+    """
+    items = values.split(",") if isinstance(values, str) else values if isinstance(values, tuple | list) else [values]
+    try:
+        found = [float(item) for item in items]
+    except (TypeError, ValueError):
+        found = []
+    if not found or not all(math.isfinite(number) for number in found):
+        raise UserError(f"--{name} {values}: it must be numbers with commas between them")
+    return found

@@ -17,10 +17,9 @@ from tqdm import tqdm
 
 from tools.bundle import Bundle, read_json
 from tools.calibration import CalibrationSummary, calibrate, calibration_markdown, check_inferer, summarise_calibration
-from tools.errors import UserError, nearest
+from tools.errors import UserError, at_least, nearest
 from tools.instantiate import data_facts
-from tools.labels import check_channels, parse_channels, parse_sources
-from tools.lineage import file_sha256
+from tools.labels import check_channels, parse_sources, renamed_labels
 from tools.merge import split_paths
 from tools.output import complete_output
 from tools.scores import Score, read_scores, score_label_map, write_scores
@@ -71,19 +70,18 @@ def evaluate(
     bundles = [Bundle(path) for path in split_paths(bundle)]
     if len({b.name for b in bundles}) != len(bundles):
         raise UserError("the bundles' folders must have different names")
-    if not tolerance >= 0:
-        raise UserError(f"--tolerance {tolerance}: it is a distance in millimetres, 0 or more")
+    at_least(0, tolerance=tolerance, workers=workers)
     for b in bundles:
         check_channels(dataset_dir, b)
         if calibration:
             check_inferer(b)
     references = reference_bundles(bundles, split_paths(against))
-    renamed = parse_channels(labels) or {}
+    renamed = renamed_labels(labels, bundles)
     cases = find_cases(dataset_dir, part, split_file, fold)
     facts = {
         "dataset": data_facts(dataset_dir)["dataset"],
         "part": f"{len(cases)} cases ({part})",
-        "weights": {b.name: file_sha256(b.weights().path) for b in bundles},
+        "bundles": {b.name: b.sha256() for b in bundles},
         "labels": {b.name: b.labels for b in bundles},  # of the label maps, from 1 on
         "tolerance_mm": tolerance,
     }
@@ -151,14 +149,16 @@ def score_bundle(
     """
     import nibabel
 
-    channels = matched_channels(bundle, dataset_dir, labels)
+    from tools.bundle_code.nnunet_data import ignored_value
+
+    channels, ignored = matched_channels(bundle, dataset_dir, labels), ignored_value(dataset_dir)
     left_out = [label for label, values in channels.items() if values is None]
     if left_out:
         print(f"{bundle.name}: not scored, because the dataset does not have them: {', '.join(left_out)}")
     folder.mkdir(parents=True, exist_ok=True)
 
     def score(name: str) -> Future | None:
-        facts = (bundle.name, name, folder / f"{name}.nii.gz", cases[name]["label"], channels, tolerance)
+        facts = (bundle.name, name, folder / f"{name}.nii.gz", cases[name]["label"], channels, tolerance, ignored)
         return executor.submit(_score_case, *facts) if executor else _score_case(*facts)
 
     to_segment = {name: case for name, case in cases.items() if not made(folder / f"{name}.nii.gz", case["image"])}
@@ -183,17 +183,21 @@ def _score_case(bundle: str, name: str, label_map: Path, *facts: Any) -> None:
 def _calibration(
     bundle: Bundle, dataset_dir: str | Path, cases: Mapping[str, Mapping[str, Any]], folder: Path, labels: Mapping
 ) -> CalibrationSummary:
+    from tools.bundle_code.nnunet_data import ignored_value
+
     files = {name: folder / f"{name}.json" for name in cases}
     missing = {name: case for name, case in cases.items() if not made(files[name], case)}
     if missing:
-        calibrate(bundle, missing, matched_channels(bundle, dataset_dir, labels), folder)
+        channels = matched_channels(bundle, dataset_dir, labels)
+        calibrate(bundle, missing, channels, folder, ignored_value(dataset_dir))
     return summarise_calibration([read_json(file) for file in files.values()])
 
 
 def _facts(bundle: Bundle, dataset_dir: str | Path, labels: Mapping, tolerance: float) -> list[Any]:
     """What decides what comes out of a bundle, as it is now, on a dataset."""
-    facts = [file_sha256(bundle.model_file), bundle.inference, bundle.label_map]
-    return [*facts, str(Path(dataset_dir).resolve()), {str(k): v for k, v in labels.items()}, tolerance]
+    channels = matched_channels(bundle, dataset_dir, labels)
+    said = read_json(Path(dataset_dir) / "dataset.json").get("labels")
+    return [bundle.sha256(), channels, said, str(Path(dataset_dir).resolve()), tolerance]
 
 
 @contextmanager
@@ -279,6 +283,10 @@ def find_cases(dataset_dir: str | Path, part: str, split_file: str, fold: int) -
             return all_cases(dataset_dir, "Tr" if part == "all" else "Ts")
         if split_file and not Path(split_file).is_file():
             raise UserError(f"{split_file} not found")
+        if not split_file and not (Path(dataset_dir) / "splits_final.json").is_file():
+            raise UserError(
+                f"{dataset_dir} has no splits_final.json that says which cases are {part!r}: name one by --split_file"
+            )
         wanted = split_cases(dataset_dir, part, split_file or None, fold)
         named = all_cases(dataset_dir)
     except (FileNotFoundError, ValueError) as error:
@@ -286,6 +294,25 @@ def find_cases(dataset_dir: str | Path, part: str, split_file: str, fold: int) -
     if not wanted:
         raise UserError(f"part {part!r} of the split has no cases to evaluate")
     return {name: case for name, case in named.items() if case in wanted}
+
+
+def separate_cases(
+    dataset_dir: str, part: str, test_part: str, split_file: str, fold: int
+) -> tuple[dict[str, dict], dict[str, dict]]:
+    """Cases to choose coefficients on, and cases to say what they are worth; none of these without a ``test_part``.
+
+    Raises:
+        UserError: they have cases in common.
+    """
+    validation = find_cases(dataset_dir, part, split_file, fold)
+    test = find_cases(dataset_dir, test_part, split_file, fold) if test_part else {}
+    shared = [name for name in test if name in validation and validation[name] == test[name]]
+    if shared:
+        raise UserError(
+            f"the parts {part} and {test_part} share {len(shared)} cases ({', '.join(shared[:5])}): "
+            "coefficients chosen on cases say nothing about them; split them apart"
+        )
+    return validation, test
 
 
 def matched_channels(bundle: Bundle, dataset_dir: str | Path, labels: Mapping) -> dict[str, list[int] | None]:

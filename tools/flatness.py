@@ -12,9 +12,9 @@ import numpy as np
 from tqdm import tqdm
 
 from tools.bundle import Bundle
-from tools.errors import UserError
+from tools.errors import UserError, at_least, numbers
 from tools.labelled_patches import labelled_patches
-from tools.labels import parse_channels
+from tools.labels import renamed_labels
 from tools.landscape import (
     Plane,
     Surface,
@@ -95,14 +95,19 @@ def flatness(
         raise UserError("the bundles' folders must have different names")
     _check_same_network([bundles[path] for path in sides])
     _check_same_network([bundles[path] for path in corners])
-    levels = [float(level) for level in split_paths(noise)]
+    levels = numbers("noise", noise)
+    at_least(0, patch_size=patch_size)
     with complete_output(output, overwrite, sign="flatness.json") as folder:
         labelled = {path: b for path, b in bundles.items() if path in {*measured, *sides, *corners[1:]}}
         first = next(iter(bundles.values()))
         size = [patch_size] * 3 if patch_size else first.resolved("patch_size")
         images, own_labels = labelled_patches(
-            list(labelled.values()), dataset_dir, part, split_file, scans, patches, size, seed, parse_channels(labels) or {}
+            list(labelled.values()), dataset_dir, part, split_file, scans, patches, size, seed,
+            renamed_labels(labels, list(labelled.values())),
         )  # fmt: skip
+        for one in bundles.values():
+            if (one.path / "models" / "modulators.pt").is_file():
+                print(f"{one.path}: what is measured are the weights that its tasks share, without their masks")
         if len({json.dumps(loss_definition(bundles[path])) for path in measured}) > 1:
             print("warning: these bundles were trained with different losses, so their numbers cannot be compared")
         surfaces = {
@@ -125,7 +130,7 @@ def flatness(
             specialists = [(bundles[path].name, surfaces[path]) for path in corners[1:]]
             result["plane"] = _plane(start, specialists, points)
         folder.mkdir()
-        (folder / "flatness.json").write_text(json.dumps(result, indent=2))
+        (folder / "flatness.json").write_text(json.dumps(result, indent=2, allow_nan=False))
         (folder / "flatness.md").write_text(table(result) + "\n")
         draw(result, folder)
     print(table(result))

@@ -12,6 +12,7 @@ from tools.bundle import Bundle
 from tools.errors import UserError
 from tools.labels import check_channels
 from tools.scans import choose_scans
+from tools.segmenter import naming, preprocessed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,7 +90,9 @@ def labelled_patches(
     pieces: list[dict[str, Tensor]] = []
     cases = choose_scans(dataset_dir, first, part, split_file, scans, seed)
     for case in tqdm(cases, desc="labelled scans", disable=None, leave=False):
-        scan = load_label({**preprocessing({"image": case["image"]}), "label": case["label"]})
+        image = preprocessed(preprocessing, case["image"], first.in_channels)
+        with naming(case["label"]):
+            scan = load_label({**image, "label": case["label"]})
         scan["organ"] = LabelsToChannelsd("organ", organs)({"organ": scan["label"]})["organ"]
         if scan["organ"].any():
             pieces += crop({key: scan[key].as_tensor() for key in ("image", "label", "organ")})

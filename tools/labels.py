@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from tools.bundle import Bundle
-from tools.errors import UserError
+from tools.errors import UserError, nearest
 
 Label = int | str
 
@@ -39,6 +39,26 @@ def parse_channels(labels: object) -> dict[str, object] | None:
                 f"--labels {labels!r} is not a dictionary such as {{kidneys: [2, 3], liver: liver}}"
             ) from None
     return dict(labels) if isinstance(labels, Mapping) else None
+
+
+def renamed_labels(labels: object, bundles: Sequence[Bundle]) -> dict[str, object]:
+    """What a dataset calls the channels of bundles that are called otherwise: ``{liver: 6}``; {} for None.
+
+    Raises:
+        UserError: it is no dictionary, or no bundle has such a channel.
+    """
+    if labels is None:
+        return {}
+    renamed = parse_channels(labels)
+    if renamed is None:
+        raise UserError(
+            f"--labels {labels!r} is not a dictionary such as {{liver: 6}}: a channel, and its label(s) here"
+        )
+    known = [label for bundle in bundles for label in bundle.labels]
+    for name in renamed:
+        if name not in known:
+            raise UserError(f"--labels: no bundle has a channel {name!r}{nearest(str(name), known)}")
+    return renamed
 
 
 def resolve(dataset_dir: str | Path, channels: Mapping[str, object]) -> dict[str, list[Label]]:

@@ -18,12 +18,12 @@ import numpy as np
 from tools.bundle import Bundle
 from tools.errors import UserError
 from tools.evaluate import matched_channels
-from tools.labels import check_channels
+from tools.labels import check_channels, renamed_labels
 from tools.merge import merge_recipe
 from tools.merge_engine import MergeEngine
 from tools.recipe import Recipe
 from tools.scores import Score
-from tools.segmenter import Segmenter
+from tools.segmenter import Segmenter, naming
 from tools.task_vector import TaskVector
 
 KEPT_BYTES = 2**32  # of preprocessed cases
@@ -43,14 +43,17 @@ class MergeScorer:
         UserError: the recipe cannot be merged, or the dataset has none of its labels, or images of other channels.
     """
 
-    def __init__(self, recipe: Recipe, dataset_dir: str | Path, labels: Mapping[str, Any]) -> None:
+    def __init__(self, recipe: Recipe, dataset_dir: str | Path, labels: object = None) -> None:
         import torch
+
+        from tools.bundle_code.nnunet_data import ignored_value
 
         self._folder = tempfile.TemporaryDirectory()
         merge_recipe(recipe, Path(self._folder.name) / "merged", quiet=True)
         self.bundle = Bundle(Path(self._folder.name) / "merged")
         check_channels(dataset_dir, self.bundle)
-        self.channels = matched_channels(self.bundle, dataset_dir, labels)
+        self.channels = matched_channels(self.bundle, dataset_dir, renamed_labels(labels, [self.bundle]))
+        self._ignored = ignored_value(dataset_dir)
         self.vectors = [TaskVector(path) for path in recipe.vectors]
         self._start = Bundle(recipe.pretrained).weights()
         self._network = self.bundle.network().to(memory_format=torch.channels_last_3d)
@@ -99,8 +102,8 @@ class MergeScorer:
                 case = self._case(name, files)
                 label_map, affine = self._segmenter(case.image, network)
             if label_map.shape != case.reference.shape or not np.allclose(affine, case.affine, atol=1e-3):
-                raise UserError(f"case {name}: the label map is not on the grid of its image")
-            yield name, case.scores(title, name, label_map, self.channels)
+                raise UserError(f"case {name}: its reference is not on the grid of its image")
+            yield name, case.scores(title, name, label_map, self.channels, self._ignored)
 
     def _case(self, name: str, files: Mapping[str, Any]) -> _Case:
         if name in self._kept:
@@ -132,7 +135,8 @@ class _Case:
     def load(cls, segmenter: Segmenter, files: Mapping[str, Any]) -> _Case:
         from monai.transforms import Compose, EnsureChannelFirst, LoadImage
 
-        label = Compose([LoadImage(), EnsureChannelFirst()])(files["label"])
+        with naming(files["label"]):
+            label = Compose([LoadImage(), EnsureChannelFirst()])(files["label"])
         voxels = np.asarray(label[0]).round().astype(np.int32)
         values, positions = np.unique(voxels, return_inverse=True)
         return cls(
@@ -147,12 +151,18 @@ class _Case:
         return self.image["image"].nbytes + self.reference.nbytes
 
     def scores(
-        self, bundle: str, name: str, label_map: np.ndarray, channels: Mapping[str, list[int] | None]
+        self,
+        bundle: str,
+        name: str,
+        label_map: np.ndarray,
+        channels: Mapping[str, list[int] | None],
+        ignored: int | None,
     ) -> list[Score]:
         """Dice and volumes of every organ that the dataset has, from one count of which voxels have which label in both."""
         columns = 1 + max(len(channels), int(label_map.max()))
         pairs = self.reference.astype(np.int64) * columns + label_map
         counts = np.bincount(pairs.ravel(), minlength=len(self.values) * columns).reshape(-1, columns)
+        counts[self.values == ignored] = 0  # nobody knows what these voxels are
         millilitres = abs(np.linalg.det(self.affine[:3, :3])) / 1000
         scores = []
         for channel, (label, values) in enumerate(channels.items(), start=1):

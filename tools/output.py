@@ -26,7 +26,8 @@ def complete_output(path: str | Path, overwrite: bool = False, sign: str = "conf
         UserError: ``path`` exists and ``overwrite`` is not set, or is a folder without the sign, or neither file nor folder, or
             a folder where a file is to be, or the other way round.
     """
-    path = Path(str(path))  # a folder called 2024 is a number on the command line
+    path = Path(str(path))  # a folder called 2024 is a number where a script gives one
+    path = path if path.name else path.resolve()  # "." has no name
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists; choose another --output, or add --overwrite")
     if path.is_dir() and any(path.iterdir()) and not (path / sign).is_file():

@@ -38,7 +38,7 @@ def draw_case(
         return nibabel.orientations.apply_orientation(array, orientation)
 
     size = nibabel.affines.voxel_sizes(affine)[np.argsort(orientation[:, 0])]
-    image = upright(image.astype(np.float32))
+    image = upright(np.nan_to_num(image.astype(np.float32), posinf=0, neginf=0))
     columns = {name: {organ: upright(mask) for organ, mask in masks.items()} for name, masks in columns.items()}
     organs = list(dict.fromkeys(organ for masks in columns.values() for organ in masks))
     palette = colormaps["tab10" if len(organs) <= 10 else "tab20"]

@@ -9,6 +9,7 @@ segmentation via co-training weight-averaged models, MICCAI 2020). No label is n
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -92,11 +93,22 @@ def pseudo_labels(
             _draw(folder, stacked.labels, readable)
     clear(output)
     print(_table(stacked.labels, volumes))
-    chosen = json.dumps({label: label for label in stacked.labels})
+    next_step = [
+        "python",
+        "-m",
+        "tools",
+        "new_task",
+        "--pretrained",
+        pretrained,
+        "--dataset_dir",
+        output,
+        "--task",
+        "all",
+    ]
+    next_step += ["--labels", json.dumps({label: label for label in stacked.labels}), "--output"]
     print(
         f"written: {output}/imagesTr, labelsTr, dataset.json{', overlays/' if overlays else ''}. A model of all of them:\n"
-        f"python -m tools new_task --pretrained {pretrained} --dataset_dir {output} --task all --labels '{chosen}' "
-        f"--output <bundle>"
+        f"{shlex.join(map(str, next_step))} <bundle>"
     )
 
 
@@ -134,9 +146,8 @@ def _segment(segmenter: Segmenter, network: Any, cases: Mapping[str, Mapping[str
         if not made(path, case["image"]):
             try:
                 loaded = segmenter.load(case["image"])
-            except Exception as error:  # libraries raise nearly anything on a damaged file
-                reason = " ".join(str(error).split())[:200]
-                tqdm.write(f"{case['image']} cannot be read and is left out ({reason})")
+            except UserError as error:
+                tqdm.write(f"{error}; it is left out")
                 continue
             label_map, affine = segmenter(loaded, network)
             partial = folder / f".{name}{ENDING}"

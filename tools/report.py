@@ -7,8 +7,8 @@ from contextlib import suppress
 from typing import Any
 
 from tools.bundle import Bundle
-from tools.errors import UserError
-from tools.labels import parse_channels
+from tools.errors import UserError, at_least
+from tools.labels import renamed_labels
 from tools.lineage import backbone_sha256, file_sha256
 from tools.merge import split_paths
 from tools.output import complete_output
@@ -54,13 +54,14 @@ def report(
     from tools.report_page.scores import key_figures, scores_section
     from tools.report_page.slices import slices_section
 
+    at_least(1, cases=cases)
     with complete_output(output, overwrite) as page:
         subject = Bundle(bundle)
         lineage = _lineage(subject)
         model_sha256 = file_sha256(subject.weights().path)
         known, start = _parents(subject, lineage, split_paths(vectors))
-        datasets, renamed = split_paths(dataset_dir), parse_channels(labels) or {}
-        results = Evaluation.read(evaluation, str(lineage["pretrained"]), model_sha256) if evaluation else None
+        datasets, renamed = split_paths(dataset_dir), renamed_labels(labels, [subject])
+        results = Evaluation.read(evaluation, str(lineage["pretrained"]), subject) if evaluation else None
         parts: list[Section | Missing] = [
             scores_section(results)
             if results

@@ -10,7 +10,8 @@ import numpy as np
 from tqdm import tqdm
 
 from tools.bundle import Bundle
-from tools.errors import UserError
+from tools.errors import UserError, at_least
+from tools.segmenter import preprocessed
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -47,7 +48,12 @@ def all_scans(images: str | Path, bundle: Bundle, part: str, split_file: str) ->
 def choose_scans(
     images: str | Path, bundle: Bundle, part: str, split_file: str, count: int, seed: int
 ) -> list[dict[str, Any]]:
-    """Choose so many of ``all_scans`` at random."""
+    """Choose so many of ``all_scans`` at random.
+
+    Raises:
+        UserError: there are none, or fewer than one is wanted.
+    """
+    at_least(1, scans=count)
     cases = all_scans(images, bundle, part, split_file)
     order = np.random.default_rng(seed).permutation(len(cases))
     return [cases[position] for position in sorted(order[:count])]
@@ -83,7 +89,7 @@ def patches_on_organs(
     device = next(specialists[0].parameters()).device
     crop = None
     for case in tqdm(cases, desc="scans", disable=None, leave=False):
-        image = preprocessing({"image": case["image"]})["image"].as_tensor()
+        image = preprocessed(preprocessing, case["image"], bundle.in_channels)["image"].as_tensor()
         with torch.inference_mode():
             outputs = [inferer(image[None].to(device), network)[0].float() for network in specialists]
             margins = torch.cat([output[1:] - output[:1] for output in outputs]).cpu()

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from tools.errors import UserError
+from tools.segmenter import naming
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def score_label_map(
     reference: str | Path,
     channels: Mapping[str, Sequence[int] | None],
     tolerance: float | None,
+    ignored: int | None = None,
 ) -> list[Score]:
     """Score every class of a label map.
 
@@ -61,25 +63,29 @@ def score_label_map(
         reference: label map of a dataset.
         channels: for each output channel from 1 on the reference's voxel values; None for what the dataset does not have.
         tolerance: of the normalised surface Dice, mm; None measures Dice and volumes only.
+        ignored: the reference's value for voxels of which nobody knows what they are; they do not count.
 
     Raises:
-        UserError: the two are not on the same grid.
+        UserError: the reference cannot be read, or the two are not on the same grid.
     """
     import nibabel
     from monai.transforms import LoadImage
 
-    image, truth = nibabel.load(label_map), LoadImage(ensure_channel_first=True)(reference)
+    image = nibabel.load(label_map)
+    with naming(reference):
+        truth = LoadImage(ensure_channel_first=True)(reference)
     prediction, affine = np.asarray(image.dataobj), image.affine
     if truth.shape[1:] != prediction.shape or not np.allclose(truth.affine, affine, atol=1e-3):
-        raise UserError(f"case {case}: the label map is not on the grid of its image")
+        raise UserError(f"case {case}: {reference} is not on the grid of its image")
     truth = np.asarray(truth[0]).round().astype(np.int32)
+    counted = truth != ignored if ignored is not None else True
     spacing = nibabel.affines.voxel_sizes(affine)
     millilitres = abs(np.linalg.det(affine[:3, :3])) / 1000
     scores = []
     for channel, (label, values) in enumerate(channels.items(), start=1):
         if values is None:
             continue
-        predicted, organ = prediction == channel, np.isin(truth, values)
+        predicted, organ = (prediction == channel) & counted, np.isin(truth, values)
         nsd, hd95 = (math.nan,) * 2 if tolerance is None else surface_scores(predicted, organ, spacing, tolerance)
         measured = [round(value, 6) for value in (dice(predicted, organ), nsd, hd95)]
         volumes = [round(float(np.count_nonzero(mask) * millilitres), 4) for mask in (organ, predicted)]

@@ -6,6 +6,7 @@ coefficients. Coefficients that are learned by gradients are what ``distil`` mak
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import tempfile
@@ -17,9 +18,8 @@ import numpy as np
 import yaml
 
 from tools.bundle import Bundle
-from tools.errors import UserError, nearest
-from tools.evaluate import find_cases
-from tools.labels import parse_channels
+from tools.errors import UserError, at_least, nearest
+from tools.evaluate import separate_cases
 from tools.lineage import file_sha256
 from tools.merge import check_vectors, merge_recipe, split_paths
 from tools.merge_engine import MergeEngine
@@ -97,8 +97,8 @@ def search(
         seed: of the sampler, and of the choice of scans.
     """
     _check_sampler(sampler)
-    if points < 2:
-        raise UserError(f"--points {points}: a grid needs two values of each coefficient at least")
+    at_least(2, points=points)
+    at_least(0, scans=scans, trials=trials, timeout=timeout)
     base = _base(recipe, pretrained, vectors, method)
     tasks, tensors, identity = _inputs(base)
     alone = None if per_task is None else [name for name in split_paths(per_task or "") if name.lower() != "none"]
@@ -110,23 +110,27 @@ def search(
         )
     for note in chosen.notes:
         print(note)
-    every, test = _cases(dataset_dir, part, test_part, split_file, fold)
+    every, test = separate_cases(dataset_dir, part, test_part, split_file, fold)
     cases = _some(every, scans, seed)
     folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{output} is a file, and --output is to be a folder")
+    scorer = MergeScorer(base, dataset_dir, labels)
+    if test:
+        _check_organs(test, scorer.channels, test_part)
     folder.mkdir(parents=True, exist_ok=True)
-    renamed = parse_channels(labels) or {}
     settings = {
         **identity,
         "sampler": sampler,
         "space": chosen.as_dict(),
         "dataset": Path(dataset_dir).resolve().name,
         "cases": list(cases),
-        "labels": renamed,
+        "channels": scorer.channels,
+        "references": _references(cases),
     }
     pruned = bool(prune) and sampler == "tpe" and len(cases) >= ENOUGH_CASES
     opened = open_study(storage or str(folder / "study.journal"), study, settings, seed, bool(storage), pruned)
     print(f"{len(chosen.coefficients)} coefficients, scored on {len(cases)} of {len(every)} cases ({part})")
-    scorer = MergeScorer(base, dataset_dir, renamed)
     left_out = [label for label, values in scorer.channels.items() if values is None]
     if left_out:
         print(f"not scored, because the dataset does not have them: {', '.join(left_out)}")
@@ -178,23 +182,21 @@ def _inputs(base: Recipe) -> tuple[list[str], list[str], dict[str, Any]]:
     return [task.task for task in tasks], tensors, identity
 
 
-def _cases(
-    dataset_dir: str, part: str, test_part: str, split_file: str, fold: int
-) -> tuple[dict[str, dict], dict[str, dict]]:
-    """Validation and test cases.
+def _check_organs(cases: Mapping[str, dict], channels: Mapping[str, Sequence[int] | None], part: str) -> None:
+    """Refuse held-out cases without any of the organs, before the hours of a search."""
+    from monai.transforms import LoadImage
 
-    Raises:
-        UserError: they have cases in common.
-    """
-    validation = find_cases(dataset_dir, part, split_file, fold)
-    test = find_cases(dataset_dir, test_part, split_file, fold) if test_part else {}
-    shared = [name for name in test if name in validation and validation[name] == test[name]]
-    if shared:
-        raise UserError(
-            f"--part {part} and --test_part {test_part} share {len(shared)} cases ({', '.join(shared[:5])}): "
-            "coefficients chosen on cases say nothing about them; split them apart"
-        )
-    return validation, test
+    values = [value for found in channels.values() for value in found or ()]
+    for case in cases.values():
+        if np.isin(np.asarray(LoadImage()(case["label"])).round(), values).any():
+            return
+    raise UserError(f"--test_part {part}: none of its cases has any of the organs {', '.join(channels)}")
+
+
+def _references(cases: Mapping[str, dict]) -> str:
+    """SHA-256 of the cases' label files."""
+    files = [file_sha256(case["label"]) for case in cases.values()]
+    return hashlib.sha256(" ".join(files).encode()).hexdigest()
 
 
 def _some(cases: Mapping[str, dict], count: int, seed: int) -> dict[str, dict]:
@@ -268,7 +270,7 @@ def _print(facts: Mapping[str, Any]) -> None:
     else:
         print(
             f"warning: merged from best.yaml and scored again it is {again:.4f}; "
-            "did another machine, with another processor, score the trial?"
+            "did another machine, with another processor, score the trial, or have the images changed since?"
         )
     if "held_out" in facts:
         print(facts["held_out"]["statement"])

@@ -12,8 +12,7 @@ import numpy as np
 from tools.merge_scorer import CaseDice, mean_dice
 from tools.search_space import Coefficient, Range, Value
 from tools.search_study import Row
-
-RESAMPLES = 10_000
+from tools.summary import estimate
 
 
 def write_trials(path: Path, rows: Sequence[Row], coefficients: Sequence[str], labels: Sequence[str]) -> None:
@@ -52,19 +51,9 @@ def held_out(scores: Mapping[str, Mapping[str, CaseDice]]) -> dict[str, Any]:
         For search.json; its "statement" is for people.
     """
     facts: dict[str, Any] = {name: facts_of(mean_dice(cases)) for name, cases in scores.items()}
-    best, default = scores["best"], scores["default"]
-    differences = [
-        np.nanmean([*best[case].values()]) - np.nanmean([*default[case].values()])
-        for case in best
-        if np.isfinite([*best[case].values()]).any()
-    ]
-    low, high = _interval(np.array(differences))
-    facts["difference"] = {
-        "mean": round(float(np.mean(differences)), 6),
-        "low": round(low, 6),
-        "high": round(high, 6),
-        "cases": len(differences),
-    }
+    best, default = ([[*case.values()] for case in scores[name].values()] for name in ("best", "default"))
+    difference = estimate(np.array(best) - np.array(default)).as_dict()
+    facts["difference"] = {k: round(v, 6) if isinstance(v, float) else v for k, v in difference.items()}
     alone = facts["heads_alone"]["mean_dice"]
     facts["statement"] = (
         f"{_statement(facts['difference'])}; the best has {facts['best']['mean_dice']:.4f}, "
@@ -73,23 +62,11 @@ def held_out(scores: Mapping[str, Mapping[str, CaseDice]]) -> dict[str, Any]:
     return facts
 
 
-def _interval(differences: np.ndarray) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean, percentiles."""
-    from scipy.stats import bootstrap
-
-    if len(differences) < 2 or np.ptp(differences) == 0:
-        return float(np.min(differences)), float(np.max(differences))
-    interval = bootstrap(
-        (differences,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0)
-    ).confidence_interval
-    return float(interval.low), float(interval.high)
-
-
-def _statement(difference: Mapping[str, float]) -> str:
+def _statement(difference: Mapping[str, Any]) -> str:
     mean, low, high, cases = (difference[key] for key in ("mean", "low", "high", "cases"))
+    if low is None:
+        return f"{cases} held-out case(s) cannot say whether the best recipe beats the default: {mean:+.4f} Dice"
     measured = f"{mean:+.4f} Dice on average (95 % interval {low:+.4f} … {high:+.4f}, {cases} held-out cases)"
-    if cases < 2:
-        return f"one held-out case cannot say whether the best recipe beats the default: {mean:+.4f} Dice"
     if low > 0:
         return f"the best recipe beats the default on held-out cases: {measured}"
     if high < 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -153,7 +154,7 @@ class Search:
             UserError: what is tried first cannot be merged.
         """
         began = time.monotonic()
-        points = self._points() if self.grid else []
+        points = self._points(trials) if self.grid else []
         total = min(trials or len(points), len(points)) if self.grid else max(trials, len(self.space.starts))
         with tqdm(total=total, desc="trials", disable=None, smoothing=0) as bar:
             while (point := self._next(points, total)) is not None:
@@ -182,9 +183,11 @@ class Search:
         """The complete trial with the largest mean Dice; of several the first one, so the start when nothing is better."""
         return max((row for row in self.rows() if row.state == "complete"), key=lambda row: row.mean)
 
-    def _points(self) -> list[dict[str, Value]]:
+    def _points(self, trials: int) -> list[dict[str, Value]]:
+        """What is tried first, then the grid; only so many points, 0 for all."""
         first = self.space.starts
-        return [*first, *(point for point in self.space.grid() if point not in first)]
+        points = itertools.chain(first, (point for point in self.space.grid() if point not in first))
+        return list(itertools.islice(points, trials or None))
 
     def _next(self, points: list[dict[str, Value]], total: int) -> dict[str, Value] | None:
         """What to try now: {} for what the sampler chooses, None for nothing more."""

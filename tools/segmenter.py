@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tools.bundle import Bundle
+from tools.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,6 +33,7 @@ class Segmenter:
         self._inferer = parser.get_parsed_content("inferer")
         self._preprocessing = parser.get_parsed_content("preprocessing")
         self._postprocessing = parser.get_parsed_content("postprocessing")
+        self._channels = bundle.in_channels
         self._dtype = np.uint8 if len(bundle.labels) < 256 else np.uint16
 
     def load(self, image: Any) -> Mapping[str, Any]:
@@ -41,8 +44,11 @@ class Segmenter:
 
         Returns:
             What a call takes, as often as wanted.
+
+        Raises:
+            UserError: it cannot be read, or has other channels than the network takes.
         """
-        return self._preprocessing({"image": image})
+        return preprocessed(self._preprocessing, image, self._channels)
 
     def __call__(self, loaded: Mapping[str, Any], network: nn.Module) -> tuple[np.ndarray, np.ndarray]:
         """The label map that a network makes of an image: integers (X, Y, Z) on the grid of the file, and its affine."""
@@ -55,3 +61,36 @@ class Segmenter:
             data["pred"] = MetaTensor(output.cpu(), meta=getattr(output, "meta", data["image"].meta))
             prediction = self._postprocessing(data)["pred"]
         return np.asarray(prediction[0]).astype(self._dtype), np.asarray(prediction.affine)
+
+
+def preprocessed(preprocessing: Any, image: Any, channels: int) -> Mapping[str, Any]:
+    """What a bundle's preprocessing makes of an image.
+
+    Raises:
+        UserError: it cannot be read, or has other channels.
+    """
+    with naming(image):
+        data = preprocessing({"image": image})
+    if len(data["image"]) != channels:
+        raise UserError(f"{image} has {len(data['image'])} channels, the network takes {channels}")
+    return data
+
+
+@contextmanager
+def naming(file: Any) -> Iterator[None]:
+    """Turn whatever a library raises on a damaged file into one line that names it.
+
+    Raises:
+        UserError: names the file and the first cause.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise UserError(
+            f"{file} cannot be read ({' '.join(str(cause).split())[:200] or type(cause).__name__})"
+        ) from error

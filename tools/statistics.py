@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from tools import __version__
 from tools.bundle import Bundle
-from tools.errors import UserError, nearest
+from tools.errors import UserError, at_least, nearest
 from tools.lineage import backbone_sha256
 from tools.merge import split_paths
 from tools.merge_methods import METHODS
@@ -72,6 +72,7 @@ def statistics(
     for name in methods or [""]:
         if name not in known:
             raise UserError(f"no statistics for a method {name!r}{nearest(name, known)}; for {', '.join(known)}")
+    at_least(1, scans=scans, patches=patches, places=places)
     specialist, task = Bundle(bundle), TaskVector(vector)
     if backbone_sha256(specialist.weights(), task.facts.structure) != task.facts.finetuned_sha256:
         raise UserError(f"{vector} (task {task.task}) is not the task vector of {bundle}")

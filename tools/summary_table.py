@@ -31,7 +31,7 @@ def markdown(summary: Summary, tolerance: float | None = None, notes: Mapping[st
         "false_positive_ml": "False-positive volume in cases without the organ, ml (less is better)",
     }
     rows = _rows(summary)
-    labels = list(summary.against) or list(dict.fromkeys(label for b in rows.values() for label in b.labels))
+    labels = list(dict.fromkeys([*summary.against, *(label for b in rows.values() for label in b.labels)]))
     parts = []
     for metric, title in titles.items():
         if any(bundle.mean[metric].cases for bundle in summary.bundles.values()):
@@ -66,7 +66,8 @@ def _table(
         if len(measured) == len(labels):
             whole = bundle.mean.get(metric) if len(bundle.labels) == len(labels) else None
             whole = whole or _without_interval(np.mean([value.mean for value in measured.values()]))
-        cells.append(cell(whole, digits, share.get("mean")))
+        compared = all(label in share["labels"] for label, value in measured.items() if not math.isnan(value.mean))
+        cells.append(cell(whole, digits, share.get("mean") if compared else None))
         if shares:
             cells.append(f"{share['worst']:.2f}" if "worst" in share else "")
         note = f" ({notes[name]})" if notes.get(name) else ""

@@ -20,7 +20,7 @@ def unfinished(output: str | Path, name: str, facts: Sequence[Any]) -> Path:
         facts: whatever decides what is done, as plain values.
     """
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    return Path(f"{Path(output)}.partial") / f"{name}_{key[:16]}"
+    return _partial(output) / f"{name}_{key[:16]}"
 
 
 def made(path: Path, sources: Any) -> bool:
@@ -33,8 +33,13 @@ def made(path: Path, sources: Any) -> bool:
 
 def clear(output: str | Path) -> None:
     """Remove what was kept, also with other settings, and nothing else."""
-    partial = Path(f"{Path(output)}.partial")
+    partial = _partial(output)
     for folder in partial.glob(f"*_{'[0-9a-f]' * 16}"):
         shutil.rmtree(folder)
     with suppress(OSError):  # it holds something else
         partial.rmdir()
+
+
+def _partial(output: str | Path) -> Path:
+    path = Path(output)
+    return Path(f"{path if path.name else path.resolve()}.partial")  # "." has no name

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.bundle import read_json
+from tools.bundle import Bundle, read_json
+from tools.card import evaluated_as
 from tools.errors import UserError
 from tools.scores import Score, read_scores
 
@@ -43,13 +44,13 @@ class Evaluation:
     others: list[str]
 
     @classmethod
-    def read(cls, folder: str | Path, pretrained: str, model_sha256: str) -> Evaluation:
+    def read(cls, folder: str | Path, pretrained: str, subject: Bundle) -> Evaluation:
         """Read the folder.
 
         Args:
             folder: output of ``evaluate``.
             pretrained: name of the merge's starting point.
-            model_sha256: of the merge's weights, by which it is found.
+            subject: the merge.
 
         Raises:
             UserError: it is no such folder, or the merge was not evaluated as it is now.
@@ -59,12 +60,11 @@ class Evaluation:
             if not (folder / name).is_file():
                 raise UserError(f"{folder} is no output of evaluate: it has no {name}")
         summary, facts = read_json(folder / "summary.json"), read_json(folder / "evaluation.json")
-        bundles, weights = summary.get("bundles"), facts.get("weights")
-        if not isinstance(bundles, dict) or not isinstance(weights, dict):
+        bundles, merge = summary.get("bundles"), evaluated_as(subject, facts)
+        if not isinstance(bundles, dict) or not isinstance(facts.get("bundles"), dict):
             raise UserError(f"{folder} was written by another version of evaluate; evaluate the bundle again")
-        merge = next((name for name in bundles if weights.get(name) == model_sha256), None)
-        if merge is None:
-            raise UserError(f"{folder} has no results of these weights: evaluate the bundle as it is now")
+        if merge not in bundles:
+            raise UserError(f"{folder} has no results of {subject.path}: evaluate the bundle as it is now")
         scores = read_scores(folder / "scores.csv")
         calibrated = (
             read_json(folder / "calibration.json")["bundles"] if (folder / "calibration.json").is_file() else {}

@@ -54,7 +54,9 @@ def key_figures(evaluation: Evaluation) -> list[dict[str, str]]:
     """The numbers for the top of the page."""
     merge = evaluation.summary["bundles"][evaluation.merge]["mean"]["dice"]
     interval = f"{merge['low']:.3f}–{merge['high']:.3f}" if merge.get("low") is not None else ""
-    figures = [{"name": "mean Dice of the merge", "value": f"{merge['mean']:.3f}", "note": interval}]
+    value = "–" if merge["mean"] is None else f"{merge['mean']:.3f}"
+    note = "no case has an organ" if merge["mean"] is None else interval
+    figures = [{"name": "mean Dice of the merge", "value": value, "note": note}]
     if evaluation.shares:
         shares, mean = evaluation.shares["labels"], evaluation.shares["mean"]
         worst = min(shares, key=shares.__getitem__)

@@ -108,9 +108,12 @@ def _files(datasets: Sequence[str], names: Mapping[str, Any]) -> dict[str, tuple
     """For each case that a dataset has: the dataset, and the paths of image and reference."""
     found: dict[str, tuple[str, dict[str, Any]]] = {}
     for dataset in datasets:
-        parts = [find_cases(dataset, "all", "", 0)]
-        with suppress(UserError):  # not every dataset has labelled test cases
-            parts.append(find_cases(dataset, "Ts", "", 0))
+        parts = []
+        for name in ("all", "Ts"):  # of which a dataset may have only one
+            with suppress(UserError):
+                parts.append(find_cases(dataset, name, "", 0))
+        if not parts:
+            raise UserError(f"{dataset} has no labelled case, neither in labelsTr nor in labelsTs")
         for part in parts:
             found |= {name: (dataset, paths) for name, paths in part.items() if name in names and name not in found}
     return found
@@ -203,6 +206,7 @@ def _pictures(name: str, paths: Mapping[str, Any], layers: Sequence[_Layer], gra
 
 def _windowed(image: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """Gray values 0 to 255: what is as bright as the organs in the middle, with room on both sides."""
+    image = np.nan_to_num(image, posinf=0, neginf=0)
     low, high = np.percentile(image[reference > 0] if reference.any() else image, [2, 98])
     if reference.any():
         low, high = low - 0.6 * (high - low), high + 0.6 * (high - low)

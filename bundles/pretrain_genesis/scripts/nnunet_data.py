@@ -44,6 +44,16 @@ def read_labels(dataset_dir: str | Path) -> dict[str, list[int]]:
     return labels
 
 
+def ignored_value(dataset_dir: str | Path) -> int | None:
+    """The voxel value of nnU-Net's label "ignore", for voxels that nobody labelled; None where the dataset has none."""
+    entries = json.loads((Path(dataset_dir) / "dataset.json").read_text())["labels"]
+    for key, value in entries.items():
+        name, number = (str(value), key) if str(key).isdigit() else (str(key), value)
+        if name.lower() == "ignore" and isinstance(number, int | str):
+            return int(number)
+    return None
+
+
 def count_channels(dataset_dir: str | Path) -> int:
     """The number of image channels that dataset.json names; 1 when it names none."""
     path = Path(dataset_dir) / "dataset.json"
