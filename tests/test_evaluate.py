@@ -244,7 +244,7 @@ def test_voxels_of_the_ignore_label_do_not_count(plane, tmp_path):
 def test_labels_without_a_specialist_are_in_the_table_too(plane, tmp_path):
     text = evaluated(plane, tmp_path / "out", "--against", "bright", bundles="merged,bright").stdout
     assert "| | bright | dark | mean | worst |" in text
-    assert "| merged | 1.000 [1.000, 1.000] (1.50) | 0.000 [0.000, 0.000] | 0.500 [0.500, 0.500] | 1.50 |" in text
+    assert "| merged | 1.000 [1.000, 1.000] (1.50)* | 0.000 [0.000, 0.000] | 0.500 [0.500, 0.500] | 1.50 |" in text
 
 
 def test_what_cannot_be_meant_is_refused(plane, tmp_path):
