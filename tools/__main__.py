@@ -64,9 +64,10 @@ def main(arguments: list[str]) -> int:
             print(_help(command))
             return 0
         _check_flags(command, arguments[1:])
+        _check_kinds(command, arguments[1:])
         import fire
 
-        fire.Fire(command, command=_typed(command, arguments[1:]), name=name, serialize=lambda _: None)
+        fire.Fire(_text_as_text(command), command=arguments[1:], name=name, serialize=lambda _: None)
         return 0
     except KeyboardInterrupt:
         print(
@@ -118,29 +119,33 @@ def _check_flags(command, arguments: list[str]) -> None:
             )
 
 
-def _typed(command, arguments: list[str]) -> list[str]:
-    """Arguments whose numbers are numbers, and whose text is text where fire would make something else of it (``901``, ``a,b``).
+def _check_kinds(command, arguments: list[str]) -> None:
+    """Refuse values that are no numbers where the command takes numbers.
 
     Raises:
-        UserError: a value is not of the kind that the command takes.
+        UserError: names the flag.
     """
-    known = inspect.signature(command).parameters
-    words, name = [], ""
+    known, name = inspect.signature(command).parameters, ""
     for argument in arguments:
         flag, equals, value = argument.partition("=")
         if argument.startswith("--"):
             name = flag[2:].replace("-", "_")
-            words.append(flag)
             if not equals:
                 continue
         else:
             value = argument
-        kind = known[name].annotation if name in known else ""
-        if name in known and kind in KINDS and not KINDS[kind][0].fullmatch(value):
-            raise UserError(f"--{name} {value}: it must be {KINDS[kind][1]}")
-        words.append(repr(value) if kind == "str" else value)
+        looks, what = KINDS.get(known[name].annotation if name in known else "", (None, ""))
+        if looks and not looks.fullmatch(value):
+            raise UserError(f"--{name} {value}: it must be {what}")
         name = ""
-    return words
+
+
+def _text_as_text(command):
+    """The command, for whose text fire would otherwise make other things of ``901``, ``None`` or ``a,b``."""
+    from fire.decorators import SetParseFns
+
+    texts = [name for name, parameter in inspect.signature(command).parameters.items() if parameter.annotation == "str"]
+    return SetParseFns(**dict.fromkeys(texts, str))(command)
 
 
 if __name__ == "__main__":

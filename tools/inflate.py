@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fire.decorators import SetParseFns
 
 from tools.bundle import Bundle, read_json
 from tools.convert import write_conversion
@@ -37,7 +36,6 @@ PER_LEVEL = ("kernel_size", "strides", "upsample_kernel_size", "up_kernel_size")
 NEW = "the file has none; the network's own start"
 
 
-@SetParseFns(network_def=str, network_2d=str)
 def inflate(
     weights: str,
     network_def: str,
