@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-
 from tools.bundle import Bundle, read_json
 from tools.convert import write_conversion
 from tools.errors import UserError
