@@ -105,7 +105,7 @@ class Results:
         """The runs of each starting point."""
         starts = self.runs[dataset]
         names = [name for name in order if name in starts] + [name for name in starts if name not in order]
-        return {name: list(starts[name].values()) for name in names}
+        return {name: [starts[name][seed] for seed in sorted(starts[name], key=int)] for name in names}
 
 
 def draw(studies: Sequence[Results], path: str | Path, order: Collection[str] = ()) -> None:
