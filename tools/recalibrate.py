@@ -14,6 +14,7 @@ from tools.instantiate import update_metadata
 from tools.lineage import file_sha256
 from tools.output import complete_output
 from tools.scans import choose_scans
+from tools.segmenter import preprocessed
 
 
 def recalibrate(
@@ -85,6 +86,7 @@ def patches_of(bundle: Bundle, cases: list[dict], patches: int, batch_size: int,
         [SpatialPadd("image", size), RandSpatialCropSamplesd("image", size, num_samples=patches, random_size=False)]
     ).set_random_state(seed)
     for case in tqdm(cases, desc="scans", disable=None, leave=False):
-        pieces = [piece["image"].as_tensor() for piece in crop(preprocessing({"image": case["image"]}))]
+        image = preprocessed(preprocessing, case["image"], bundle.in_channels)
+        pieces = [piece["image"].as_tensor() for piece in crop(image)]
         for start in range(0, len(pieces), batch_size):
             yield torch.stack(pieces[start : start + batch_size])
