@@ -7,7 +7,7 @@ import pytest
 from tests.conftest import ROOT, here, run
 from tests.test_merge import refused
 from tools.bundle import Bundle
-from tools.labels import parse_channels, parse_sources
+from tools.labels import parse_channels, parse_sources, resolve
 from tools.new_task import PRESETS
 
 
@@ -51,6 +51,14 @@ def test_several_labels_make_one_channel_or_several(chain, tmp_path):
     assert Bundle(tmp_path / "one").label_map == {"kidneys": ["right kidney", "left kidney"]}
     run(*words, "--task", "both", "--labels", "{right: right kidney, left: 9}", "--output", tmp_path / "two")
     assert Bundle(tmp_path / "two").label_map == {"right": ["right kidney"], "left": ["left kidney"]}
+
+
+def test_a_label_to_ignore_is_said_to_be_trained_as_background(phantom_dataset, tmp_path, capsys):
+    said = json.loads((phantom_dataset / "dataset.json").read_text())
+    for ignored, warned in (({}, False), ({"ignore": 99}, True)):
+        (tmp_path / "dataset.json").write_text(json.dumps(said | {"labels": said["labels"] | ignored}))
+        assert resolve(tmp_path, {"liver": "liver"}) == {"liver": ["liver"]}
+        assert ("training takes them for background" in capsys.readouterr().out) == warned
 
 
 def test_mistakes_are_named(chain, tmp_path):

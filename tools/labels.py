@@ -71,7 +71,7 @@ def resolve(dataset_dir: str | Path, channels: Mapping[str, object]) -> dict[str
     Raises:
         UserError: a label that the dataset does not have.
     """
-    from tools.bundle_code.nnunet_data import label_values, read_labels
+    from tools.bundle_code.nnunet_data import ignored_value, label_values, read_labels
 
     wanted = {str(name): parse_sources(sources) for name, sources in channels.items()}
     try:
@@ -79,6 +79,11 @@ def resolve(dataset_dir: str | Path, channels: Mapping[str, object]) -> dict[str
         names = {value: name for name, vs in read_labels(dataset_dir).items() for value in vs if len(vs) == 1}
     except (ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from None
+    if ignored_value(dataset_dir) is not None:
+        print(
+            f"warning: {dataset_dir} has a label 'ignore'; evaluation leaves its voxels out, "
+            "but training takes them for background"
+        )
     return {name: [names.get(v, v) for v in vs] for name, vs in zip(wanted, values, strict=True)}
 
 
