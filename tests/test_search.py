@@ -4,14 +4,13 @@ import csv
 import json
 import shutil
 
-import nibabel
 import numpy as np
 import pytest
 import torch
 import yaml
 
 from tests.conftest import here
-from tests.gains import ORGANS, dice, make_plane
+from tests.gains import ORGANS, dice, make_plane, relabel
 from tools.bundle import read_json
 
 
@@ -161,16 +160,9 @@ def own(plane, tmp_path):
     return shutil.copytree(plane, tmp_path / "plane")
 
 
-def relabel(plane, numbers, change):
-    for number in numbers:
-        path = plane / f"Dataset001_Quarters/labelsTr/case{number}.nii.gz"
-        label = nibabel.load(path)
-        nibabel.save(nibabel.Nifti1Image(change(np.asarray(label.dataobj)), label.affine), path)
-
-
 def test_absent_organs_count_alike_in_the_scores_and_in_their_difference(own, tmp_path):
     """The dark organ is in two of the held-out cases only."""
-    relabel(own, range(8, 12), lambda label: np.where(label == 2, 0, label))
+    relabel(own / "Dataset001_Quarters", range(8, 12), lambda label: np.where(label == 2, 0, label))
     search(own, tmp_path / "s", *GRID, "--test_part", "test")
     found = read_json(tmp_path / "s" / "search.json")["held_out"]
     assert found["difference"]["mean"] == found["best"]["mean_dice"] - found["default"]["mean_dice"] == 0.5
@@ -181,9 +173,9 @@ def test_other_references_are_not_gone_on_with_and_few_cases_say_nothing(own, tm
     (own / "split.json").write_text(json.dumps([{"val": ["case0"], "test": ["case2", "case3"]}]))
     text = search(own, tmp_path / "s", *GRID, "--test_part", "test")
     assert "2 held-out case(s) cannot say whether the best recipe beats the default: +0.5000" in text
-    relabel(own, [0], lambda label: (3 - label) % 3)
+    relabel(own / "Dataset001_Quarters", [0], lambda label: (3 - label) % 3)
     assert "begun with other settings (references was" in refused(own, tmp_path / "s", *GRID)
-    relabel(own, [2, 3], np.zeros_like)
+    relabel(own / "Dataset001_Quarters", [2, 3], np.zeros_like)
     text = refused(own, tmp_path / "t", *GRID, "--test_part", "test")
     assert "none of its cases has any of the organs bright, dark" in text and not (tmp_path / "t").exists()
 

@@ -18,8 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from tools.bundle import Bundle
-from tools.errors import UserError
-from tools.segmenter import naming, preprocessed
+from tools.errors import UserError, naming
+from tools.segmenter import preprocessed
 from tools.summary import Estimate, estimate
 from tools.summary_table import cell
 

@@ -52,8 +52,8 @@ def card(bundle: str, results: str) -> None:
 
 def evaluated_as(subject: Bundle, evaluation: Mapping[str, Any]) -> str:
     """The name that a bundle, as it is now, has in the evaluation.json of ``evaluate``; empty if it is not there."""
-    known = evaluation.get("bundles")
-    same = [name for name, sha256 in known.items() if sha256 == subject.sha256()] if isinstance(known, dict) else []
+    known, own = evaluation.get("bundles"), subject.sha256()
+    same = [name for name, sha256 in known.items() if sha256 == own] if isinstance(known, dict) else []
     return subject.name if subject.name in same else "".join(same[:1])
 
 

@@ -15,7 +15,7 @@ import yaml
 
 from tools.bundle import Bundle
 from tools.errors import UserError, nearest, numbers
-from tools.evaluate import score_bundle, separate_cases
+from tools.evaluate import owners, score_bundle, separate_cases
 from tools.lineage import file_sha256
 from tools.merge import split_paths
 from tools.merge_methods import METHODS
@@ -112,12 +112,9 @@ def compare(
 
 def _check_owners(specialists: Sequence[Bundle]) -> None:
     """Refuse two specialists of one label: which of them is the others' measure?"""
-    owners: dict[str, Path] = {}
-    for bundle in specialists:
-        for label in bundle.labels:
-            if label in owners:
-                raise UserError(f"--specialists: {owners[label]} and {bundle.path} both have a label {label!r}")
-            owners[label] = bundle.path
+    for label, names in owners(specialists).items():
+        if len(names) > 1:
+            raise UserError(f"--specialists: {' and '.join(names)} both have a label {label!r}")
 
 
 class _Scorer:
@@ -171,10 +168,11 @@ class _Scorer:
 
 def _contents(dataset_dir: str, cases: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What scores on cases depend on: their files' contents, and what the dataset calls its labels."""
+    from monai.utils import ensure_tuple
+
     from tools.bundle_code.nnunet_data import read_labels
 
     found: dict[str, Any] = {"labels": read_labels(dataset_dir)}
     for name, case in cases.items():
-        images = [case["image"]] if isinstance(case["image"], str) else case["image"]
-        found[f"case {name}"] = [file_sha256(file) for file in [*images, case["label"]]]
+        found[f"case {name}"] = [file_sha256(file) for file in (*ensure_tuple(case["image"]), case["label"])]
     return found

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 
 class UserError(Exception):
@@ -46,3 +48,23 @@ def numbers(name: str, values: object) -> list[float]:
     if not found or not all(math.isfinite(number) for number in found):
         raise UserError(f"--{name} {values}: it must be numbers with commas between them")
     return found
+
+
+@contextmanager
+def naming(file: Any) -> Iterator[None]:
+    """Turn whatever a library raises on a damaged file into one line that names it.
+
+    Raises:
+        UserError: names the file and the first cause.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise UserError(
+            f"{file} cannot be read ({' '.join(str(cause).split())[:200] or type(cause).__name__})"
+        ) from error

@@ -23,7 +23,7 @@ from tools.labels import check_channels, parse_sources, renamed_labels
 from tools.merge import split_paths
 from tools.output import complete_output
 from tools.scores import Score, read_scores, score_label_map, write_scores
-from tools.segmenter import Segmenter
+from tools.segmenter import Segmenter, write_label_map
 from tools.summary import Summary, summarise
 from tools.summary_table import markdown
 from tools.unfinished import clear, made, unfinished
@@ -78,16 +78,20 @@ def evaluate(
     references = reference_bundles(bundles, split_paths(against))
     renamed = renamed_labels(labels, bundles)
     cases = find_cases(dataset_dir, part, split_file, fold)
+    sha256 = {b.name: b.sha256() for b in bundles}
     facts = {
         "dataset": data_facts(dataset_dir)["dataset"],
         "part": f"{len(cases)} cases ({part})",
-        "bundles": {b.name: b.sha256() for b in bundles},
+        "bundles": sha256,
         "labels": {b.name: b.labels for b in bundles},  # of the label maps, from 1 on
         "tolerance_mm": tolerance,
     }
     with complete_output(output, overwrite, sign="summary.json") as folder:
         folder.mkdir()
-        done = {b.name: unfinished(output, b.name, _facts(b, dataset_dir, renamed, tolerance)) for b in bundles}
+        done = {
+            b.name: unfinished(output, b.name, [sha256[b.name], *_facts(b, dataset_dir, renamed, tolerance)])
+            for b in bundles
+        }
         scores: list[Score] = []
         with _scoring_processes(workers) as executor:
             for b in bundles:
@@ -147,8 +151,6 @@ def score_bundle(
         tolerance: of the normalised surface Dice, mm; None measures Dice and volumes only.
         executor: measures while the next case is segmented.
     """
-    import nibabel
-
     from tools.bundle_code.nnunet_data import ignored_value
 
     channels, ignored = matched_channels(bundle, dataset_dir, labels), ignored_value(dataset_dir)
@@ -167,9 +169,7 @@ def score_bundle(
         print(f"{bundle.name}: goes on, {len(cases) - len(to_segment)} of {len(cases)} cases were segmented before")
     scored = [score(name) for name in to_score]
     for name, prediction, affine in segment(bundle, to_segment) if to_segment else ():
-        partial = folder / f".{name}.nii.gz"
-        nibabel.save(nibabel.Nifti1Image(prediction, affine), partial)
-        partial.replace(folder / f"{name}.nii.gz")
+        write_label_map(folder / f"{name}.nii.gz", prediction, affine)
         scored.append(score(name))
     for future in tqdm(filter(None, scored), desc=f"{bundle.name}: scores", disable=None, leave=False):
         future.result()
@@ -194,10 +194,10 @@ def _calibration(
 
 
 def _facts(bundle: Bundle, dataset_dir: str | Path, labels: Mapping, tolerance: float) -> list[Any]:
-    """What decides what comes out of a bundle, as it is now, on a dataset."""
+    """What decides, beside the bundle itself, what is measured of it on a dataset."""
     channels = matched_channels(bundle, dataset_dir, labels)
     said = read_json(Path(dataset_dir) / "dataset.json").get("labels")
-    return [bundle.sha256(), channels, said, str(Path(dataset_dir).resolve()), tolerance]
+    return [channels, said, str(Path(dataset_dir).resolve()), tolerance]
 
 
 @contextmanager
@@ -243,14 +243,19 @@ def reference_bundles(bundles: Sequence[Bundle], against: Sequence[str]) -> dict
         tasks = [(m.get("pretrained_sha256"), v.get("labels")) for m in merged for v in m["vectors"]]
         chosen = [b for b in bundles if (b.metadata.get("lineage", {}).get("pretrained_sha256"), b.labels) in tasks]
         chosen = [b for b in chosen if "vectors" not in b.metadata["lineage"]]
-    owners = {label: [b.name for b in chosen if label in b.labels] for b in chosen for label in b.labels}
-    for label, names in owners.items():
+    owned = owners(chosen)
+    for label, names in owned.items():
         if len(names) > 1:
             which = f"{' and '.join(names)} have {label!r}: --against must say which one the others are compared with"
             if against:
                 raise UserError(which)
             print(which)
-    return {label: names[0] for label, names in owners.items() if len(names) == 1}
+    return {label: names[0] for label, names in owned.items() if len(names) == 1}
+
+
+def owners(bundles: Sequence[Bundle]) -> dict[str, list[str]]:
+    """For each label the names of the bundles that have it."""
+    return {label: [b.name for b in bundles if label in b.labels] for b in bundles for label in b.labels}
 
 
 def segment(bundle: Bundle, cases: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from tools.bundle import Bundle
-from tools.errors import UserError
+from tools.errors import UserError, naming
 from tools.labels import check_channels
 from tools.scans import choose_scans
-from tools.segmenter import naming, preprocessed
+from tools.segmenter import preprocessed
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 
 from tools.bundle import Bundle
-from tools.errors import UserError
+from tools.errors import UserError, naming
 from tools.evaluate import matched_channels
 from tools.labels import check_channels, renamed_labels
 from tools.merge import merge_recipe
 from tools.merge_engine import MergeEngine
 from tools.recipe import Recipe
 from tools.scores import Score
-from tools.segmenter import Segmenter, naming
+from tools.segmenter import Segmenter
 from tools.task_vector import TaskVector
 
 KEPT_BYTES = 2**32  # of preprocessed cases

@@ -20,12 +20,13 @@ import numpy as np
 from tqdm import tqdm
 
 from tools.bundle import Bundle, read_json, write_json
+from tools.demo import tools
 from tools.errors import UserError
 from tools.merge import merge_recipe, split_paths
 from tools.output import complete_output
 from tools.recipe import Recipe
 from tools.scans import all_scans
-from tools.segmenter import Segmenter
+from tools.segmenter import Segmenter, write_label_map
 from tools.task_vector import TaskVector
 from tools.unfinished import clear, made, unfinished
 
@@ -88,27 +89,16 @@ def pseudo_labels(
         (folder / "labelsTr").mkdir()
         for name in readable:
             shutil.copyfile(done / f"{name}{ENDING}", folder / "labelsTr" / f"{name}{ENDING}")
-        write_json(folder / "dataset.json", _description(Path(output), images, stacked, tasks, len(readable)))
+        write_json(folder / "dataset.json", _description(images, stacked, tasks, len(readable)))
         if overlays:
             _draw(folder, stacked.labels, readable)
     clear(output)
     print(_table(stacked.labels, volumes))
-    next_step = [
-        "python",
-        "-m",
-        "tools",
-        "new_task",
-        "--pretrained",
-        pretrained,
-        "--dataset_dir",
-        output,
-        "--task",
-        "all",
-    ]
-    next_step += ["--labels", json.dumps({label: label for label in stacked.labels}), "--output"]
+    labels = json.dumps({label: label for label in stacked.labels})
+    train = tools("new_task", pretrained=pretrained, dataset_dir=output, task="all", labels=labels)
     print(
         f"written: {output}/imagesTr, labelsTr, dataset.json{', overlays/' if overlays else ''}. A model of all of them:\n"
-        f"{shlex.join(map(str, next_step))} <bundle>"
+        f"{shlex.join(map(str, train))} --output <bundle>"
     )
 
 
@@ -118,14 +108,11 @@ def _by_name(scans: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]
     Raises:
         UserError: two would be one.
     """
-    from tools.bundle_code.images import FILE_ENDINGS
-    from tools.bundle_code.label_maps import first_file
+    from tools.bundle_code.label_maps import first_file, image_name
 
     cases: dict[str, Mapping[str, Any]] = {}
     for scan in scans:
-        file = Path(first_file(scan)).absolute().name
-        ending = next((ending for ending in FILE_ENDINGS if file.endswith(ending)), "")
-        name = file.removesuffix(ending).removesuffix("_0000")
+        name = image_name(first_file(scan)).removesuffix("_0000")
         if name in cases:
             raise UserError(f"{first_file(cases[name])} and {first_file(scan)} would both be case {name}: rename one")
         cases[name] = scan
@@ -138,8 +125,6 @@ def _segment(segmenter: Segmenter, network: Any, cases: Mapping[str, Mapping[str
     Raises:
         UserError: none can be read.
     """
-    import nibabel
-
     readable = []
     for name, case in tqdm(cases.items(), desc="scans", disable=None, leave=False):
         path = folder / f"{name}{ENDING}"
@@ -149,10 +134,7 @@ def _segment(segmenter: Segmenter, network: Any, cases: Mapping[str, Mapping[str
             except UserError as error:
                 tqdm.write(f"{error}; it is left out")
                 continue
-            label_map, affine = segmenter(loaded, network)
-            partial = folder / f".{name}{ENDING}"
-            nibabel.save(nibabel.Nifti1Image(label_map, affine), partial)
-            partial.replace(path)
+            write_label_map(path, *segmenter(loaded, network))
         readable.append(name)
     if not readable:
         raise UserError("none of the images can be read")
@@ -175,11 +157,12 @@ def _put_images(case: Mapping[str, Any], name: str, folder: Path) -> None:
     """Link the files of an image, channel by channel, or convert it."""
     import nibabel
     from monai.transforms import EnsureChannelFirst
+    from monai.utils import ensure_tuple
 
     from tools.bundle_code.images import LoadImageOrSeriesd
 
     folder.mkdir(parents=True, exist_ok=True)
-    files = [case["image"]] if isinstance(case["image"], str) else case["image"]
+    files = ensure_tuple(case["image"])
     if all(file.endswith(ENDING) for file in files):
         for channel, file in enumerate(files):
             place = folder / f"{name}_{channel:04d}{ENDING}"
@@ -194,7 +177,7 @@ def _put_images(case: Mapping[str, Any], name: str, folder: Path) -> None:
         nibabel.save(nibabel.Nifti1Image(voxels.numpy(), image.affine.numpy()), place)
 
 
-def _description(output: Path, images: str, stacked: Bundle, tasks: Sequence[TaskVector], count: int) -> dict[str, Any]:
+def _description(images: str, stacked: Bundle, tasks: Sequence[TaskVector], count: int) -> dict[str, Any]:
     """dataset.json: what nnU-Net wants in it, and where labels and images come from."""
     source = Path(images) / "dataset.json"
     said = read_json(source) if source.is_file() else {}

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tools.errors import UserError
-from tools.segmenter import naming
+from tools.errors import UserError, naming
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 import yaml
 
 from tools.bundle import Bundle
-from tools.errors import UserError, at_least, nearest
+from tools.errors import UserError, at_least, naming, nearest
 from tools.evaluate import separate_cases
 from tools.lineage import file_sha256
 from tools.merge import check_vectors, merge_recipe, split_paths
@@ -188,7 +188,9 @@ def _check_organs(cases: Mapping[str, dict], channels: Mapping[str, Sequence[int
 
     values = [value for found in channels.values() for value in found or ()]
     for case in cases.values():
-        if np.isin(np.asarray(LoadImage()(case["label"])).round(), values).any():
+        with naming(case["label"]):
+            label = np.asarray(LoadImage()(case["label"])).round()
+        if np.isin(label, values).any():
             return
     raise UserError(f"--test_part {part}: none of its cases has any of the organs {', '.join(channels)}")
 

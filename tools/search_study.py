@@ -155,7 +155,7 @@ class Search:
         """
         began = time.monotonic()
         points = self._points(trials) if self.grid else []
-        total = min(trials or len(points), len(points)) if self.grid else max(trials, len(self.space.starts))
+        total = len(points) if self.grid else max(trials, len(self.space.starts))
         with tqdm(total=total, desc="trials", disable=None, smoothing=0) as bar:
             while (point := self._next(points, total)) is not None:
                 if timeout and time.monotonic() - began > timeout and point not in self.space.starts:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tools.bundle import Bundle
-from tools.errors import UserError
+from tools.errors import UserError, naming
 
 if TYPE_CHECKING:
     from torch import nn
@@ -76,21 +76,10 @@ def preprocessed(preprocessing: Any, image: Any, channels: int) -> Mapping[str, 
     return data
 
 
-@contextmanager
-def naming(file: Any) -> Iterator[None]:
-    """Turn whatever a library raises on a damaged file into one line that names it.
+def write_label_map(path: Path, label_map: np.ndarray, affine: np.ndarray) -> None:
+    """Write a NIfTI file (X, Y, Z), which is complete or not there."""
+    import nibabel
 
-    Raises:
-        UserError: names the file and the first cause.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        raise UserError(
-            f"{file} cannot be read ({' '.join(str(cause).split())[:200] or type(cause).__name__})"
-        ) from error
+    partial = path.with_name(f".{path.name}")
+    nibabel.save(nibabel.Nifti1Image(label_map, affine), partial)
+    partial.replace(path)

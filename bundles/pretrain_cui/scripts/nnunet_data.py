@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,21 @@ def read_labels(dataset_dir: str | Path) -> dict[str, list[int]]:
         FileNotFoundError: there is no dataset.json.
         ValueError: dataset.json is not JSON or has no labels.
     """
+    return {
+        name: values
+        for name, values in _label_entries(dataset_dir)
+        if name.lower() not in ("background", "ignore") and values != [0]
+    }
+
+
+def ignored_value(dataset_dir: str | Path) -> int | None:
+    """The voxel value of nnU-Net's label "ignore", for voxels that nobody labelled; None where the dataset has none."""
+    ignored = [values for name, values in _label_entries(dataset_dir) if name.lower() == "ignore"]
+    return next((value for values in ignored for value in values), None)
+
+
+def _label_entries(dataset_dir: str | Path) -> Iterator[tuple[str, list[int]]]:
+    """Names and voxel values of all labels in dataset.json."""
     path = Path(dataset_dir) / "dataset.json"
     if not path.is_file():
         raise FileNotFoundError(
@@ -35,23 +50,9 @@ def read_labels(dataset_dir: str | Path) -> dict[str, list[int]]:
         entries = json.loads(path.read_text())["labels"]
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} has no readable 'labels' entry ({error})") from None
-    labels: dict[str, list[int]] = {}
     for key, value in entries.items():
         name, values = (str(value), [int(key)]) if str(key).isdigit() else (str(key), value)
-        values = [int(v) for v in values] if isinstance(values, list | tuple) else [int(values)]
-        if name.lower() not in ("background", "ignore") and values != [0]:
-            labels[name] = values
-    return labels
-
-
-def ignored_value(dataset_dir: str | Path) -> int | None:
-    """The voxel value of nnU-Net's label "ignore", for voxels that nobody labelled; None where the dataset has none."""
-    entries = json.loads((Path(dataset_dir) / "dataset.json").read_text())["labels"]
-    for key, value in entries.items():
-        name, number = (str(value), key) if str(key).isdigit() else (str(key), value)
-        if name.lower() == "ignore" and isinstance(number, int | str):
-            return int(number)
-    return None
+        yield name, [int(v) for v in values] if isinstance(values, list | tuple) else [int(values)]
 
 
 def count_channels(dataset_dir: str | Path) -> int:

@@ -36,10 +36,8 @@ class LabelMaps(FolderLayoutBase):
 
     def filename(self, subject: PathLike = "subject", idx: int | None = None, **kwargs: Any) -> Path:
         """The label map of an image, which is a file or a DICOM series, and of a patch of it, where ``idx`` is given."""
-        name = Path(os.path.abspath(subject)).name
-        ending = next((ending for ending in FILE_ENDINGS if name.endswith(ending)), "")
         number = "" if idx is None else f"_{idx}"
-        return self.folder / f"{name.removesuffix(ending)}_{self.postfix}{number}{self.extension}"
+        return self.folder / f"{image_name(subject)}_{self.postfix}{number}{self.extension}"
 
     def of_images(self, items: Sequence[Mapping[str, Any]]) -> dict[Path, Mapping[str, Any]]:
         """Each item of a dataset by the label map of its image.
@@ -57,6 +55,12 @@ class LabelMaps(FolderLayoutBase):
                 )
             found[path] = item
         return found
+
+
+def image_name(image: PathLike) -> str:
+    """What an image, which is a file or a DICOM series, is called: its file or folder without an image format's ending."""
+    name = Path(os.path.abspath(image)).name
+    return name.removesuffix(next((ending for ending in FILE_ENDINGS if name.endswith(ending)), ""))
 
 
 def first_file(item: Mapping[str, Any]) -> str:
