@@ -105,7 +105,7 @@ def test_what_cannot_be_measured_is_said(bundles, dataset, tmp_path):
     start, liver = bundles / "start", bundles / "liver"
     refused("name bundles to measure")
     refused("--between takes 2 different bundles", "--between", f"{start},{start}")
-    refused("--points must be 2 or more", "--bundle", start, "--points", 1)
+    refused("--points 1: it must be 2 or more", "--bundle", start, "--points", 1)
     refused("--noise inf: it must be numbers", "--bundle", start, "--noise", "inf")
     refused("--patch_size -8: it must be 0 or more", "--bundle", start, "--patch_size", -8)
     refused("not found", "--bundle", start, dataset=tmp_path)

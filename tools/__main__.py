@@ -64,7 +64,6 @@ def main(arguments: list[str]) -> int:
             print(_help(command))
             return 0
         _check_flags(command, arguments[1:])
-        _check_kinds(command, arguments[1:])
         import fire
 
         fire.Fire(_text_as_text(command), command=arguments[1:], name=name, serialize=lambda _: None)
@@ -99,45 +98,37 @@ def _help(command) -> str:
 
 
 def _check_flags(command, arguments: list[str]) -> None:
-    """Refuse unknown and missing flags before anything runs; fire would run the command first and complain afterwards."""
-    known = inspect.signature(command).parameters
-    flags = [a[2:].split("=")[0].replace("-", "_") for a in arguments if a.startswith("--")]
-    if repeated := next((flag for flag in flags if flags.count(flag) > 1), ""):
-        raise UserError(
-            f"--{repeated} is there twice, of which the first would be lost; several values are separated by commas"
-        )
-    required = [n for n, p in known.items() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    if not arguments or arguments[0].startswith("-"):  # nothing is given by position
-        missing = [f"--{name}" for name in required if name not in flags]
-        if missing:
-            raise UserError(f"{', '.join(missing)} missing; see python -m tools {command.__name__} --help")
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())  # the command checks the others itself
-    for flag in [] if open_ended else flags:
-        if flag not in known and flag.removeprefix("no") not in known:
-            raise UserError(
-                f"unknown flag --{flag}{nearest(flag, known)}; see python -m tools {command.__name__} --help"
-            )
-
-
-def _check_kinds(command, arguments: list[str]) -> None:
-    """Refuse values that are no numbers where the command takes numbers.
+    """Refuse what fire would run the command first with, and complain about afterwards, or make something else of.
 
     Raises:
-        UserError: names the flag.
+        UserError: names a flag that is unknown, missing or there twice, or whose value is no number where it must be one.
     """
-    known, name = inspect.signature(command).parameters, ""
+    known, help_line = inspect.signature(command).parameters, f"see python -m tools {command.__name__} --help"
+    flags: dict[str, str | None] = {}  # and their values
+    last = ""
     for argument in arguments:
-        flag, equals, value = argument.partition("=")
         if argument.startswith("--"):
-            name = flag[2:].replace("-", "_")
-            if not equals:
-                continue
-        else:
-            value = argument
-        looks, what = KINDS.get(known[name].annotation if name in known else "", (None, ""))
-        if looks and not looks.fullmatch(value):
-            raise UserError(f"--{name} {value}: it must be {what}")
-        name = ""
+            flag, equals, value = argument[2:].partition("=")
+            last = flag.replace("-", "_")
+            if last in flags:
+                raise UserError(
+                    f"--{last} is there twice, of which the first would be lost; several values are separated by commas"
+                )
+            flags[last] = value if equals else None
+        elif flags.get(last, "") is None:
+            flags[last] = argument
+    if not arguments or arguments[0].startswith("-"):  # nothing is given by position
+        variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        required = [n for n, p in known.items() if p.default is p.empty and p.kind not in variable]
+        if missing := [f"--{name}" for name in required if name not in flags]:
+            raise UserError(f"{', '.join(missing)} missing; {help_line}")
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())  # the command checks the others itself
+    for flag, value in flags.items():
+        if not open_ended and flag not in known and flag.removeprefix("no") not in known:
+            raise UserError(f"unknown flag --{flag}{nearest(flag, known)}; {help_line}")
+        looks, what = KINDS.get(known[flag].annotation if flag in known else "", (None, ""))
+        if looks and value is not None and not looks.fullmatch(value):
+            raise UserError(f"--{flag} {value}: it must be {what}")
 
 
 def _text_as_text(command):

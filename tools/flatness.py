@@ -89,14 +89,14 @@ def flatness(
     bundles = {path: Bundle(path) for path in dict.fromkeys([*measured, *sides, *corners])}
     if not bundles:
         raise UserError("name bundles to measure: --bundle, --between or --plane")
-    if points < 2 or min(scans, patches, batch_size, seeds) < 1:
-        raise UserError("--points must be 2 or more; --scans, --patches, --batch_size and --seeds 1 or more")
+    at_least(2, points=points)
+    at_least(1, scans=scans, patches=patches, batch_size=batch_size, seeds=seeds)
+    at_least(0, patch_size=patch_size)
     if len({b.name for b in bundles.values()}) != len(bundles):
         raise UserError("the bundles' folders must have different names")
     _check_same_network([bundles[path] for path in sides])
     _check_same_network([bundles[path] for path in corners])
     levels = numbers("noise", noise)
-    at_least(0, patch_size=patch_size)
     with complete_output(output, overwrite, sign="flatness.json") as folder:
         labelled = {path: b for path, b in bundles.items() if path in {*measured, *sides, *corners[1:]}}
         first = next(iter(bundles.values()))
