@@ -12,6 +12,7 @@ from tests.gains import make_plane
 from tools.bundle import Bundle
 from tools.distil import Pool, Student, distil, entropy_of, learn, masks_loss, validate
 from tools.errors import UserError
+from tools.specialists import rebuild
 from tools.task_vector import TaskVector
 
 
@@ -23,12 +24,13 @@ def student(chain):
 
 def test_the_student_is_the_merge_and_the_teachers_are_the_specialists(chain, student):
     image = torch.rand(1, 1, 24, 24, 24, generator=torch.Generator().manual_seed(0))
-    for number, folder in enumerate(chain.specialists.values()):
+    teachers = rebuild(str(chain.pretrain), list(map(str, chain.vectors.values()))).networks
+    for teacher, folder in zip(teachers, chain.specialists.values(), strict=True):
         specialist = Bundle(folder)
         with specialist.code(), torch.inference_mode():
             network = specialist.parser().get_parsed_content("network_def")
             network.load_state_dict(specialist.state())
-            torch.testing.assert_close(student.teacher(number)(image), network.eval()(image), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(teacher(image), network.eval()(image), rtol=1e-4, atol=1e-5)
     merged = Bundle(chain.merged)
     with merged.code(), torch.inference_mode():
         network = merged.parser().get_parsed_content("network_def")

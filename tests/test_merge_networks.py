@@ -19,6 +19,7 @@ from tools.errors import UserError
 from tools.heads import canonical_head
 from tools.merge import merge
 from tools.network import describe
+from tools.specialists import rebuild
 from tools.task_vector import TaskVector
 
 COMMON = {"spatial_dims": 3, "in_channels": 1}
@@ -292,14 +293,12 @@ def test_a_network_of_shared_tensors_that_returns_a_list_is_distilled_and_segmen
     quick = {"scans": 1, "patches": 4, "steps": 1, "batch_size": 1}
     distil(str(folder / "start"), vectors, str(tmp_path / "data"), str(tmp_path / "m"), **quick)
     image = torch.rand(1, 1, 32, 32, 32)
-    student = Student(
-        Bundle(folder / "start"), Bundle(folder / "start").weights(), list(map(TaskVector, vectors.split(",")))
-    )
-    for number, task in enumerate(networks):
+    teachers = rebuild(str(folder / "start"), vectors.split(",")).networks
+    for teacher, task in zip(teachers, networks, strict=True):
         own = outputs(networks[task], image)[0]
         own = own - own[:, :1] if task == "two" else own  # a softmax head
         with torch.inference_mode():
-            torch.testing.assert_close(student.teacher(number)(image)[0], own, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(teacher(image)[0], own, rtol=1e-3, atol=1e-4)
     cases = find_cases(tmp_path / "data", "all", "", 0)
     ((_, prediction, _),) = segment(Bundle(tmp_path / "m"), cases)
     assert prediction.shape == nibabel.load(cases["phantom_000"]["label"]).shape
@@ -374,7 +373,7 @@ def test_a_student_with_a_head_of_several_layers_is_the_merge(chain, tmp_path):
     assert got.shape == wanted.shape
     torch.testing.assert_close(got, wanted, rtol=0.1, atol=0.05 * float(wanted.abs().max()))  # bfloat16
     with torch.inference_mode():
-        teacher, logits = student.teacher(1)(image), networks["two"](image)
+        teacher, logits = rebuild(str(folder / "start"), vectors).networks[1](image), networks["two"](image)
     torch.testing.assert_close(teacher, logits - logits[:, :1], rtol=1e-3, atol=1e-4)
 
 

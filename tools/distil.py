@@ -34,6 +34,8 @@ from tools.weights_file import WeightsFile
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from tools.specialists import Specialists
+
     Loss = Callable[[Tensor, Tensor], Tensor]
 
 OBJECTIVES = ("teachers", "labels", "entropy")
@@ -85,6 +87,8 @@ def distil(
     """
     import torch
 
+    from tools.specialists import rebuild
+
     for name, value, known in (
         ("objective", objective, OBJECTIVES),
         ("coefficients", coefficients, ("tensor", "task")),
@@ -111,7 +115,7 @@ def distil(
         pool = Pool.of_labels(recipe, images, part, split_file, scans, size, patches, seed)
     else:
         cases = choose_scans(images, start, part, split_file, scans, seed)
-        pool = Pool.of_teachers(student, cases, size, patches, seed)
+        pool = Pool.of_specialists(start, rebuild(pretrained, files), cases, size, patches, seed)
     loss = entropy_of([len(task.facts.labels) for task in tasks]) if objective == "entropy" else masks_loss
     held_out = pool.split()[1]
     found = foreground(student, held_out, batch_size)
@@ -197,13 +201,6 @@ class Student:
         state = self.shared | merged | self.head | head
         return full_size(torch.func.functional_call(self.network, state, (image,), tie_weights=True))
 
-    def teacher(self, number: int) -> nn.Module:
-        """A specialist with its own head in canonical form: logits (N, 1 + C, …)."""
-        task = self.tasks[number]
-        state = {name: tensor + self.deltas[number].get(name, 0) for name, tensor in self.base.items()}
-        head = {name: self._on_device(tensor) for name, tensor in task.head.items()}
-        return self._network(1 + len(task.facts.labels), state | head)
-
     def free_head(self) -> dict[str, tuple[Tensor, Tensor]]:
         """The parameters of the head, to be learned, and which of their entries may change."""
         free = free_entries(self.tasks[0].facts.structure, [task.head for task in self.tasks])
@@ -246,14 +243,19 @@ class Pool:
     masks: Tensor
 
     @classmethod
-    def of_teachers(
-        cls, student: Student, cases: Sequence[dict[str, Any]], size: Sequence[int], patches: int, seed: int
+    def of_specialists(
+        cls,
+        start: Bundle,
+        specialists: Specialists,
+        cases: Sequence[dict[str, Any]],
+        size: Sequence[int],
+        patches: int,
+        seed: int,
     ) -> Pool:
-        """Segment scans with every specialist and crop patches around what they see, as often as there are organs."""
+        """Segment scans with every specialist and crop patches around what they see, each organ as often as another."""
         import torch
 
-        teachers = [student.teacher(number) for number in range(len(student.tasks))]
-        pairs = patches_on_organs(student.bundle, teachers, cases, size, patches, seed)
+        pairs = patches_on_organs(start, specialists, cases, size, patches, seed)
         images, masks = zip(*((image, mask.half()) for image, mask in pairs), strict=True)
         return cls(torch.stack(images), torch.stack(masks))
 

@@ -61,24 +61,24 @@ def choose_scans(
 
 def patches_on_organs(
     bundle: Bundle,
-    specialists: Sequence[nn.Module],
+    network: nn.Module,
     cases: Sequence[dict[str, Any]],
     size: Sequence[int],
     patches: int,
     seed: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Segment scans with specialists and crop patches around what they see, as often as there are organs.
+    """Segment scans and crop patches around what the network sees, each organ as often as another.
 
     Args:
-        bundle: of their preprocessing and sliding window.
-        specialists: networks on one device, in evaluation mode, with 1 + C outputs each.
+        bundle: of the preprocessing and the sliding window.
+        network: in evaluation mode, with 1 + C outputs.
         cases: as ``choose_scans`` gives them.
         size: of the patches, voxels.
         patches: from each scan.
         seed: of their places.
 
     Yields:
-        A patch (in, …), and the soft masks of all specialists' organs (ΣC, …): the sigmoid of their margins over background.
+        A patch (in, …), and the soft masks of the organs (C, …): the sigmoid of their margins over background.
     """
     import torch
     from monai.transforms import Compose, RandCropByLabelClassesd, SpatialPadd
@@ -86,13 +86,13 @@ def patches_on_organs(
     with bundle.code():
         parser = bundle.parser(inferer_output="logits")
         preprocessing, inferer = (parser.get_parsed_content(key) for key in ("preprocessing", "inferer"))
-    device = next(specialists[0].parameters()).device
+    device = next(network.parameters()).device
     crop = None
     for case in tqdm(cases, desc="scans", disable=None, leave=False):
         image = preprocessed(preprocessing, case["image"], bundle.in_channels)["image"].as_tensor()
         with torch.inference_mode():
-            outputs = [inferer(image[None].to(device), network)[0].float() for network in specialists]
-            margins = torch.cat([output[1:] - output[:1] for output in outputs]).cpu()
+            logits = inferer(image[None].to(device), network)[0].float().cpu()
+        margins = logits[1:] - logits[:1]
         organ = torch.where(margins.amax(0) > 0, margins.argmax(0) + 1, 0)[None]
         if crop is None:
             several = {"num_classes": 1 + len(margins), "num_samples": patches, "warn": False}

@@ -89,7 +89,7 @@ def statistics(
     written = []
     with ExitStack() as stack:
         paths = [stack.enter_context(complete_output(statistics_file(vector, name), overwrite)) for name in methods]
-        crops = [patch for patch, _ in patches_on_organs(specialist, [network], cases, size, patches, seed)]
+        crops = [patch for patch, _ in patches_on_organs(specialist, network, cases, size, patches, seed)]
         for name, path in zip(methods, paths, strict=True):
             torch.manual_seed(seed)
             own: dict[str, object] = {"method": name}
