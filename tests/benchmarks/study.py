@@ -82,8 +82,7 @@ STARTS = {
     "stable": Start("pretrain_amos", "small", STABLE),
     "sharp": Start("pretrain_amos", "small", SHARP),
     "sharp_long": Start("pretrain_amos", "small", SHARP, longer=8),  # learns slowly: so that it has learned as much
-    "sam": Start("pretrain_amos", "small,sam", STABLE),
-    "swa": Start("pretrain_amos", "small,swa", STABLE),
+    **{name: Start("pretrain_amos", f"small,{name}", STABLE) for name in ("sam", "asam", "swa", "ema")},
     "budget": Start("pretrain_amos", "small", STABLE, {"norm_budget": 0.02}),
     "orthogonal": Start("pretrain_amos", "small", STABLE, orthogonal=True),
     "tangent": Start("pretrain_amos", "small", STABLE, linear=True),
@@ -120,8 +119,8 @@ def study(
         dataset_dir: labelled nnU-Net raw datasets, separated by commas.
         output: folder of the runs.
         starts: starting points: stable, sharp, sharp_long (eight times the steps), scratch, genesis, mae, lwi; what may make
-            stable merge better: sam, swa (in pre-training), budget (short task vectors), orthogonal (to those of the tasks
-            before), tangent (linearised).
+            stable merge better: sam, asam, swa, ema (in pre-training), budget (short task vectors), orthogonal (to those of
+            the tasks before), tangent (linearised).
         seeds: how many; each has its own split, pre-training and fine-tuning.
         tasks: dictionary of task names and labels; default: those of the study, or every label of another dataset.
         unseen: pre-train on the labels that belong to no task, so that all tasks are new to the starting point.
