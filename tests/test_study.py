@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.benchmarks.study import STARTS
-from tests.benchmarks.study_results import Results, Size, draw
+from tests.benchmarks.study_results import TASK, Results, Size, draw, draw_tasks
 from tests.conftest import ROOT
 from tools.errors import UserError
 
@@ -46,6 +46,21 @@ def test_the_picture_has_a_cell_for_each_method_and_start(tmp_path):
         (np.abs(pixels - colour).max(1) < 0.02).sum() for colour in ((0.993, 0.906, 0.144), (0.267, 0.005, 0.329))
     )
     assert 1.5 < yellow / purple < 2.5, "two cells keep all, one keeps nothing, and one is empty"
+
+
+def test_tasks_show_whether_new_heads_foretell_the_average(tmp_path):
+    results = Results(tmp_path / "results.json", SIZE)
+    known, half, new, failed = (0.8, 0.9, 0.92), (0.6, 0.5, 0.4), (0.7, 0.01, 0.1), (0.1, 0.0, 1.0)
+    results.add("HeadNeck", "stable", 0, {"average": (0.4, 0.6), f"{TASK}liver": known, f"{TASK}spleen": half})
+    results.add("HeadNeck", "scratch", 0, {"average": (0.1, 0.1), f"{TASK}liver": new, f"{TASK}spleen": failed})
+    told = draw_tasks([results], tmp_path / "tasks.png")
+    assert told.startswith("3 tasks; correlation 0.9"), "a specialist that learned nothing has no share"
+    assert told.endswith(
+        "0.8 or more: 1 tasks, of which the average keeps 0.92 (0.92 to 0.92); "
+        "new heads keep less than 0.05: 1 tasks, of which the average keeps 0.10 (0.10 to 0.10)"
+    )
+    assert (tmp_path / "tasks.png").stat().st_size > 10_000
+    assert "liver" not in results.table()
 
 
 def test_the_documentation_has_the_tables_of_the_results():

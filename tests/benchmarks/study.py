@@ -19,8 +19,9 @@ from pathlib import Path
 import fire
 
 from tests.benchmarks.label_efficiency import modality_overlay, random_weights
-from tests.benchmarks.study_results import FLATNESS, Results, Size, draw
+from tests.benchmarks.study_results import FLATNESS, TASK, Results, Size, draw, draw_tasks
 from tools.bundle import read_json
+from tools.compare import NEW_HEADS, SPECIALISTS
 from tools.demo import Cohorts, Steps, real_cohorts, slug, tools, train
 from tools.errors import UserError, nearest
 from tools.instantiate import set_values
@@ -112,8 +113,8 @@ def study(
 ) -> None:
     """Pre-train, fine-tune, merge by every method and compare, for each dataset, starting point and seed.
 
-    Writes results.json and, as a table and a picture, results.md and results.png. Several studies at once may share a folder if
-    their starting points differ.
+    Writes results.json and, as a table and pictures, results.md, results.png and tasks.png. Several studies at once may share
+    a folder if their starting points differ.
 
     Args:
         dataset_dir: labelled nnU-Net raw datasets, separated by commas.
@@ -147,9 +148,10 @@ def study(
                 if seed not in results.of(dataset.name, name):
                     run = folder / dataset.name / f"seed_{seed}" / name
                     _one(run, dataset, labels, name, seed, size)
-                    results.add(dataset.name, name, seed, _merges(run) | _flatness(run))
+                    results.add(dataset.name, name, seed, _merges(run) | _by_task(run) | _flatness(run))
                 (folder / "results.md").write_text(results.table(STARTS))
                 draw([results], folder / "results.png", STARTS)
+                draw_tasks([results], folder / "tasks.png", STARTS)
 
 
 def _one(folder: Path, dataset: Path, wanted: Mapping[str, list], name: str, seed: int, size: Size) -> None:
@@ -320,6 +322,14 @@ def _merges(run: Path) -> dict[str, tuple[float, ...]]:
         title: (summary["mean"]["dice"]["mean"], *shares.get(title, ()))
         for title, summary in results["bundles"].items()
     }
+
+
+def _by_task(run: Path) -> dict[str, tuple[float, ...]]:
+    """For each task the specialist's Dice, and the normalized accuracy of new heads on the starting point and of the average."""
+    results = read_json(run / "compare" / "results.json")
+    specialists = results["bundles"][SPECIALISTS]["labels"]
+    heads, average = (results["normalized_accuracy"][row]["labels"] for row in (NEW_HEADS, "average"))
+    return {f"{TASK}{task}": (own["dice"]["mean"], heads[task], average[task]) for task, own in specialists.items()}
 
 
 def _flatness(run: Path) -> dict[str, tuple[float, ...]]:

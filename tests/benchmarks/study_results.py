@@ -15,11 +15,13 @@ import fire
 import numpy as np
 
 from tools.bundle import read_json
+from tools.compare import SPECIALISTS
 from tools.errors import UserError
 from tools.output import complete_output
 
 FLATNESS = "starting point: "  # rows of another kind begin with this
-SPECIALISTS = "specialists"
+TASK = "task: "  # and those of one task: its specialist's Dice, what new heads alone keep of it, what the average keeps
+LEARNED = 0.3  # Dice of a specialist that shares are worth speaking of
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Results:
         ]
         for dataset in self.runs:
             seeds = self.by_start(dataset, order)
-            titles = sorted(_titles(seeds), key=lambda title: title.startswith(FLATNESS))
+            titles = sorted(_titles(seeds, without=TASK), key=lambda title: title.startswith(FLATNESS))
             lines += [f"**{dataset}**", ""]
             lines += ["| | " + " | ".join(f"{start} (seeds: {len(runs)})" for start, runs in seeds.items()) + " |"]
             lines += ["|---" * (1 + len(seeds)) + "|"]
@@ -127,8 +129,9 @@ def draw(studies: Sequence[Results], path: str | Path, order: Collection[str] = 
         for study in studies
         for dataset in study.runs
     ]
-    titles = list(dict.fromkeys(title for _, seeds in panels for title in _titles(seeds)))
-    titles = [title for title in titles if title != SPECIALISTS and not title.startswith(FLATNESS)]
+    titles = list(
+        dict.fromkeys(title for _, seeds in panels for title in _titles(seeds, (SPECIALISTS, FLATNESS, TASK)))
+    )
     columns = [len(seeds) for _, seeds in panels]
     figure = Figure(
         figsize=(2.6 + 0.95 * sum(columns) + 0.3 * len(panels), 1.3 + 0.29 * len(titles)), layout="constrained"
@@ -153,8 +156,52 @@ def draw(studies: Sequence[Results], path: str | Path, order: Collection[str] = 
     figure.savefig(path, dpi=130)
 
 
-def _titles(seeds: Mapping[str, Sequence[Mapping[str, Sequence[float]]]]) -> list[str]:
-    return list(dict.fromkeys(title for runs in seeds.values() for rows in runs for title in rows))
+def draw_tasks(studies: Sequence[Results], path: str | Path, order: Collection[str] = ()) -> str:
+    """A PNG of every task of every run: what new heads on the untouched starting point keep, and what the average keeps.
+
+    Args:
+        studies: whose tasks are drawn, those of which the specialist learned something.
+        path: to write.
+        order: of the starting points; others come last.
+
+    Returns:
+        How many tasks these are, and how well the one foretells the other.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shares: dict[str, list[list[float]]] = {}
+    for seeds in (study.by_start(dataset, order) for study in studies for dataset in study.runs):
+        for start, runs in seeds.items():
+            tasks = [values for rows in runs for title, values in rows.items() if title.startswith(TASK)]
+            shares.setdefault(start, []).extend(shown for dice, *shown in tasks if dice >= LEARNED)
+    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    axis.axline((0, 0), slope=1, color="grey", linewidth=0.8)
+    for start, points in shares.items():
+        axis.scatter(*np.reshape(points, (-1, 2)).T, s=28, alpha=0.7, label=f"{start} ({len(points)})")
+    axis.set_xlabel("share of the specialist's Dice that new heads on the starting point reach (λ = 0)")
+    axis.set_ylabel("share that the average of the task vectors keeps")
+    figure.legend(loc="outside right upper", title="starting point (tasks)", fontsize=8, title_fontsize=8)
+    figure.savefig(path, dpi=130)
+    heads, average = np.reshape([point for points in shares.values() for point in points], (-1, 2)).T
+    told = [f"{len(heads)} tasks"]
+    if len(heads) > 2 and np.ptp(heads) and np.ptp(average):
+        told.append(f"correlation {np.corrcoef(heads, average)[0, 1]:.2f}")
+    told += [
+        f"new heads keep {name}: {inside.sum()} tasks, of which the average keeps {np.median(average[inside]):.2f} "
+        f"({average[inside].min():.2f} to {average[inside].max():.2f})"
+        for name, inside in (("0.8 or more", heads >= 0.8), ("less than 0.05", heads < 0.05))
+        if inside.any()
+    ]
+    return "; ".join(told)
+
+
+def _titles(seeds: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], without: str | tuple[str, ...]) -> list[str]:
+    """Rows of all runs, but for those that begin so."""
+    titles = dict.fromkeys(title for runs in seeds.values() for rows in runs for title in rows)
+    return [title for title in titles if not title.startswith(without)]
 
 
 def _mean(runs: Sequence[Mapping[str, Sequence[float]]], title: str, figure: int) -> float:
@@ -171,12 +218,13 @@ def _cell(values: Sequence[tuple[float, ...]]) -> str:
     return f"{value.mean():.3f}{spread}" + (f" ({share[0].mean():.2f})" if share else "")
 
 
-def show(*results: str, picture: str = "") -> None:
+def show(*results: str, picture: str = "", tasks: str = "") -> None:
     """Print the tables of files of results, and draw them.
 
     Args:
         results: results.json of studies.
         picture: PNG to write.
+        tasks: PNG of each task's shares to write.
     """
     from tests.benchmarks.study import STARTS
 
@@ -186,6 +234,8 @@ def show(*results: str, picture: str = "") -> None:
     print("\n".join(one.table(STARTS) for one in found))
     if picture:
         draw(found, picture, STARTS)
+    if tasks:
+        print(draw_tasks(found, tasks, STARTS))
 
 
 if __name__ == "__main__":
