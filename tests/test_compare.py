@@ -10,6 +10,7 @@ import yaml
 from tests.conftest import here, run
 from tests.gains import make_plane, relabel
 from tools.bundle_code.nnunet_data import all_cases
+from tools.compare import hopeless
 from tools.errors import UserError
 from tools.scores import read_scores, write_scores
 from tools.summary import mean_dice
@@ -50,6 +51,8 @@ def test_lambda_is_chosen_on_validation_and_rows_can_be_repeated(chain, tmp_path
     assert set(dice["average"]) == {"liver", "spleen"}
     share = results["normalized_accuracy"]["average"]["labels"]["liver"]
     assert share == pytest.approx(dice["average"]["liver"] / max(dice["specialists"]["liver"], 1e-6))
+    heads = results["normalized_accuracy"][TITLES[1]]["labels"]
+    assert ("with new heads reaches less than 5%" in text) == (min(heads.values()) < 0.05)
     assert "| average | " in text and (tmp_path / "out" / "results.md").read_text() in text
 
     files = sorted((tmp_path / "out" / "scores").glob("task_arithmetic_*_val_*.csv"))
@@ -82,6 +85,12 @@ def test_lambda_is_chosen_on_validation_and_rows_can_be_repeated(chain, tmp_path
         assert means(halves[title]) == pytest.approx({label: value / 2 for label, value in found.items()})
     result = here(*words[:-1], "averge")
     assert result.returncode == 1 and "did you mean 'average'" in result.stderr
+
+
+def test_organs_that_the_starting_point_does_not_know_are_named():
+    told = hopeless({"liver": 0.9, "spleen": 0.05, "aorta": 0.01, "stomach": 0.0})
+    assert "less than 5% of the specialists on aorta, stomach: " in told and "pseudo_labels" in told
+    assert hopeless({"liver": 0.9, "spleen": 0.05}) == ""
 
 
 def test_an_unknown_split_is_refused(chain, tmp_path):

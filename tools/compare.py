@@ -30,6 +30,9 @@ from tools.task_vector import TaskVector
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5)
 PAIRS_ONLY = ("slerp", "nuslerp")
 SPECIALISTS, NEW_HEADS = "specialists", "starting point + new heads (λ = 0)"  # rows that are always there
+KNOWN = (
+    0.05  # share of a specialist that new heads reach, below which an average keeps next to nothing: docs/results.md
+)
 
 
 def compare(
@@ -102,12 +105,29 @@ def compare(
         print(f"{name} {notes.get(name, '')}: mean Dice {mean_dice(rows[name]):.3f}", flush=True)
     scores = [replace(score, bundle=title) for title, found in rows.items() for score in found]
     summary = summarise(scores, {score.label: SPECIALISTS for score in own})
-    text = markdown(summary, notes=notes)
+    shares = summary.normalized_accuracy.get(NEW_HEADS, {"labels": {}})["labels"]
+    text = markdown(summary, notes=notes) + hopeless(shares)
     (scorer.output / "results.md").write_text(text)
     (scorer.output / "results.json").write_text(
         json.dumps(summary.as_dict() | {"notes": notes}, indent=2, allow_nan=False)
     )
     print(f"\n{text}\nwritten: {output}/results.md, results.json, recipes/")
+
+
+def hopeless(shares: Mapping[str, float]) -> str:
+    """Which organs the starting point does not know, and what to do about them; nothing if it knows all.
+
+    Args:
+        shares: by label, of the specialist's Dice, what new heads on the starting point reach.
+    """
+    unknown = [label for label, share in shares.items() if share < KNOWN]
+    if not unknown:
+        return ""
+    return (
+        f"\n\nThe starting point with new heads reaches less than {KNOWN:.0%} of the specialists on {', '.join(unknown)}: "
+        "features that it does not have, of which an average seldom keeps anything. `python -m tools pseudo_labels` makes one "
+        "model of the specialists all the same."
+    )
 
 
 def _check_owners(specialists: Sequence[Bundle]) -> None:

@@ -329,7 +329,7 @@ def _by_task(run: Path) -> dict[str, tuple[float, ...]]:
     results = read_json(run / "compare" / "results.json")
     specialists = results["bundles"][SPECIALISTS]["labels"]
     heads, average = (results["normalized_accuracy"][row]["labels"] for row in (NEW_HEADS, "average"))
-    return {f"{TASK}{task}": (own["dice"]["mean"], heads[task], average[task]) for task, own in specialists.items()}
+    return {f"{TASK}{task}": (specialists[task]["dice"]["mean"], share, average[task]) for task, share in heads.items()}
 
 
 def _flatness(run: Path) -> dict[str, tuple[float, ...]]:
