@@ -63,10 +63,11 @@ def test_tasks_show_whether_new_heads_foretell_the_average(tmp_path):
     assert "liver" not in results.table()
 
 
-def test_the_documentation_has_the_tables_of_the_results():
+def test_the_documentation_has_the_tables_of_the_results(tmp_path):
     text = (ROOT / "docs" / "results.md").read_text()
     studies = [*(ROOT / "docs").glob("study*.json")]
     assert studies
     for path in studies:
         for table in Results.read(path).table(STARTS).split("**Dataset")[1:]:
             assert table.split("\n", 1)[1].strip() in text
+    assert draw_tasks([Results.read(path) for path in studies], tmp_path / "tasks.png") in text
