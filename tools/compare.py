@@ -30,9 +30,7 @@ from tools.task_vector import TaskVector
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5)
 PAIRS_ONLY = ("slerp", "nuslerp")
 SPECIALISTS, NEW_HEADS = "specialists", "starting point + new heads (λ = 0)"  # rows that are always there
-KNOWN = (
-    0.05  # share of a specialist that new heads reach, below which an average keeps next to nothing: docs/results.md
-)
+KNOWN = 0.05  # share of a specialist's Dice that new heads reach; an average keeps little of what is below (docs/results.md)
 
 
 def compare(
