@@ -10,7 +10,7 @@ import yaml
 from tests.conftest import here, run
 from tests.gains import make_plane, relabel
 from tools.bundle_code.nnunet_data import all_cases
-from tools.compare import hopeless
+from tools.compare import unknown_organs
 from tools.errors import UserError
 from tools.scores import read_scores, write_scores
 from tools.summary import mean_dice
@@ -88,9 +88,9 @@ def test_lambda_is_chosen_on_validation_and_rows_can_be_repeated(chain, tmp_path
 
 
 def test_organs_that_the_starting_point_does_not_know_are_named():
-    told = hopeless({"liver": 0.9, "spleen": 0.05, "aorta": 0.01, "stomach": 0.0})
+    told = unknown_organs({"liver": 0.9, "spleen": 0.05, "aorta": 0.01, "stomach": 0.0})
     assert "less than 5% of the specialists on aorta, stomach: " in told and "pseudo_labels" in told
-    assert hopeless({"liver": 0.9, "spleen": 0.05}) == ""
+    assert unknown_organs({"liver": 0.9, "spleen": 0.05}) == ""
 
 
 def test_an_unknown_split_is_refused(chain, tmp_path):

@@ -104,7 +104,7 @@ def compare(
     scores = [replace(score, bundle=title) for title, found in rows.items() for score in found]
     summary = summarise(scores, {score.label: SPECIALISTS for score in own})
     shares = summary.normalized_accuracy.get(NEW_HEADS, {"labels": {}})["labels"]
-    text = markdown(summary, notes=notes) + hopeless(shares)
+    text = markdown(summary, notes=notes) + unknown_organs(shares)
     (scorer.output / "results.md").write_text(text)
     (scorer.output / "results.json").write_text(
         json.dumps(summary.as_dict() | {"notes": notes}, indent=2, allow_nan=False)
@@ -112,7 +112,7 @@ def compare(
     print(f"\n{text}\nwritten: {output}/results.md, results.json, recipes/")
 
 
-def hopeless(shares: Mapping[str, float]) -> str:
+def unknown_organs(shares: Mapping[str, float]) -> str:
     """Which organs the starting point does not know, and what to do about them; nothing if it knows all.
 
     Args:

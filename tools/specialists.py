@@ -40,9 +40,9 @@ def rebuild(pretrained: str, vectors: Sequence[str]) -> Specialists:
         UserError: a vector is damaged or of another starting point.
     """
     networks = []
-    with tempfile.TemporaryDirectory() as folder:
-        for number, vector in enumerate(vectors):
-            path = Path(folder) / str(number)
+    for vector in vectors:
+        with tempfile.TemporaryDirectory() as folder:  # one at a time on disk
+            path = Path(folder) / "specialist"
             merge_recipe(Recipe(pretrained, [vector], "task_arithmetic", {"scale": 1.0}), path, quiet=True)
             networks.append(Bundle(path).network())
     return Specialists(networks).eval()

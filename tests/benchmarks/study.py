@@ -148,7 +148,7 @@ def study(
                 if seed not in results.of(dataset.name, name):
                     run = folder / dataset.name / f"seed_{seed}" / name
                     _one(run, dataset, labels, name, seed, size)
-                    results.add(dataset.name, name, seed, _merges(run) | _by_task(run) | _flatness(run))
+                    results.add(dataset.name, name, seed, _merges(run) | _flatness(run))
                 (folder / "results.md").write_text(results.table(STARTS))
                 draw([results], folder / "results.png", STARTS)
                 draw_tasks([results], folder / "tasks.png", STARTS)
@@ -315,21 +315,19 @@ def _images(dataset: Path, cases: Sequence[str], folder: Path) -> Path:
 
 
 def _merges(run: Path) -> dict[str, tuple[float, ...]]:
-    """For each row of ``compare`` its mean Dice, and the normalized accuracy but for the specialists."""
+    """For each row of ``compare`` its mean Dice, and the normalized accuracy but for the specialists.
+
+    And for each task the specialist's Dice, and the normalized accuracy of new heads on the starting point and of the average.
+    """
     results = read_json(run / "compare" / "results.json")
-    shares = {title: (share["mean"],) for title, share in results["normalized_accuracy"].items()}
-    return {
-        title: (summary["mean"]["dice"]["mean"], *shares.get(title, ()))
-        for title, summary in results["bundles"].items()
+    bundles, shares = results["bundles"], results["normalized_accuracy"]
+    means = {title: (share["mean"],) for title, share in shares.items()}
+    rows = {title: (found["mean"]["dice"]["mean"], *means.get(title, ())) for title, found in bundles.items()}
+    own, average = bundles[SPECIALISTS]["labels"], shares["average"]["labels"]
+    return rows | {
+        f"{TASK}{task}": (own[task]["dice"]["mean"], share, average[task])
+        for task, share in shares[NEW_HEADS]["labels"].items()
     }
-
-
-def _by_task(run: Path) -> dict[str, tuple[float, ...]]:
-    """For each task the specialist's Dice, and the normalized accuracy of new heads on the starting point and of the average."""
-    results = read_json(run / "compare" / "results.json")
-    specialists = results["bundles"][SPECIALISTS]["labels"]
-    heads, average = (results["normalized_accuracy"][row]["labels"] for row in (NEW_HEADS, "average"))
-    return {f"{TASK}{task}": (specialists[task]["dice"]["mean"], share, average[task]) for task, share in heads.items()}
 
 
 def _flatness(run: Path) -> dict[str, tuple[float, ...]]:

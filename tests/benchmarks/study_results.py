@@ -15,7 +15,7 @@ import fire
 import numpy as np
 
 from tools.bundle import read_json
-from tools.compare import SPECIALISTS
+from tools.compare import KNOWN, SPECIALISTS
 from tools.errors import UserError
 from tools.output import complete_output
 
@@ -192,7 +192,7 @@ def draw_tasks(studies: Sequence[Results], path: str | Path, order: Collection[s
     told += [
         f"new heads keep {name}: {inside.sum()} tasks, of which the average keeps {np.median(average[inside]):.2f} "
         f"({average[inside].min():.2f} to {average[inside].max():.2f})"
-        for name, inside in (("0.8 or more", heads >= 0.8), ("less than 0.05", heads < 0.05))
+        for name, inside in (("0.8 or more", heads >= 0.8), (f"less than {KNOWN}", heads < KNOWN))
         if inside.any()
     ]
     return "; ".join(told)
