@@ -21,6 +21,20 @@ def test_a_flag_that_is_there_twice_is_refused(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["compare", "--specialist", "s"], "unknown flag --specialist, did you mean 'specialists'?"),
+        (["merge", "--pretraned", "p", "--vectors", "v"], "unknown flag --pretraned, did you mean 'pretrained'?"),
+        (["compare", "--specialists", "s"], "--pretrained, --vectors, --dataset_dir, --split_file, --output missing"),
+        (["merge", "--vectors", "v", "--output", "o"], "--pretrained (or --recipe) is missing"),
+    ],
+)
+def test_a_misspelt_flag_is_named_rather_than_the_one_it_leaves_missing(capsys, words, message):
+    assert main(words) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
         (["--workers", "abc"], "--workers abc: it must be a whole number"),
         (["--tolerance=nan"], "--tolerance nan: it must be a number"),
         (["--overlays", "yes"], "--overlays yes: it must be True or False"),

@@ -117,11 +117,6 @@ def _check_flags(command, arguments: list[str]) -> None:
             flags[last] = value if equals else None
         elif flags.get(last, "") is None:
             flags[last] = argument
-    if not arguments or arguments[0].startswith("-"):  # nothing is given by position
-        variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        required = [n for n, p in known.items() if p.default is p.empty and p.kind not in variable]
-        if missing := [f"--{name}" for name in required if name not in flags]:
-            raise UserError(f"{', '.join(missing)} missing; {help_line}")
     open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())  # the command checks the others itself
     for flag, value in flags.items():
         if not open_ended and flag not in known and flag.removeprefix("no") not in known:
@@ -129,6 +124,11 @@ def _check_flags(command, arguments: list[str]) -> None:
         looks, what = KINDS.get(known[flag].annotation if flag in known else "", (None, ""))
         if looks and value is not None and not looks.fullmatch(value):
             raise UserError(f"--{flag} {value}: it must be {what}")
+    if not arguments or arguments[0].startswith("-"):  # nothing is given by position
+        variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        required = [n for n, p in known.items() if p.default is p.empty and p.kind not in variable]
+        if missing := [f"--{name}" for name in required if name not in flags]:
+            raise UserError(f"{', '.join(missing)} missing; {help_line}")
 
 
 def _text_as_text(command):

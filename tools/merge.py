@@ -81,6 +81,9 @@ def merge(
     if list:
         print(describe_methods(method))
         return
+    if not recipe:
+        method = method or "average"
+        _check_names(method, parameters)
     if not output and not dry_run:
         raise UserError("--output is missing")
     if recipe:
@@ -90,8 +93,6 @@ def merge(
     else:
         if not pretrained:
             raise UserError("--pretrained (or --recipe) is missing")
-        method = method or "average"
-        _check_names(method, parameters)
         values = {name: _value(value) for name, value in parameters.items()}
         steps = {"sparsify": sparsify or {}, "postprocess": _listed(postprocess)}
         steps |= {"seed": seed, "modulate": modulate, "other_start": other_start}
