@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.benchmarks.study import STARTS
-from tests.benchmarks.study_results import TASK, Results, Size, draw, draw_tasks
+from tests.benchmarks.study_results import TASK, Results, Size, draw, draw_tasks, filled
 from tests.conftest import ROOT
 from tools.errors import UserError
 
@@ -65,9 +65,18 @@ def test_tasks_show_whether_new_heads_foretell_the_average(tmp_path):
 
 def test_the_documentation_has_the_tables_of_the_results(tmp_path):
     text = (ROOT / "docs" / "results.md").read_text()
-    studies = [*(ROOT / "docs").glob("study*.json")]
+    studies = {path.name: Results.read(path) for path in sorted((ROOT / "docs").glob("study*.json"))}
+    told = draw_tasks(list(studies.values()), tmp_path / "tasks.png")
     assert studies
-    for path in studies:
-        for table in Results.read(path).table(STARTS).split("**Dataset")[1:]:
-            assert table.split("\n", 1)[1].strip() in text
-    assert draw_tasks([Results.read(path) for path in studies], tmp_path / "tasks.png") in text
+    assert filled(text, studies, told, STARTS) == text
+
+
+def test_a_document_gets_new_tables_at_its_marks(tmp_path):
+    results = Results(tmp_path / "study.json", SIZE)
+    results.add("HeadNeck", "stable", 0, {"average": (0.4, 0.8)})
+    text = "Before.\n\n<!-- study.json HeadNeck -->\n\n| old |\n|---|\n\nAfter.\n"
+    found = filled(text, {"study.json": results})
+    assert found.startswith("Before.\n\n<!-- study.json HeadNeck -->\n\n| | stable (seeds: 1) |\n")
+    assert found.endswith("| average | 0.400 (0.80) |\n\nAfter.\n") and "old" not in found
+    with pytest.raises(UserError, match=r"no line <!-- study.json HeadNeck -->"):
+        filled("Before.\n", {"study.json": results})

@@ -1,6 +1,6 @@
 """What the study has found: a file that several runs add to, its table, and its picture.
 
-``python -m tests.benchmarks.study_results docs/study.json`` prints the table again.
+``python -m tests.benchmarks.study_results docs/study.json`` prints the table again; ``--document`` puts it into one.
 """
 
 from __future__ import annotations
@@ -92,15 +92,17 @@ class Results:
             "",
         ]
         for dataset in self.runs:
-            seeds = self.by_start(dataset, order)
-            titles = sorted(_titles(seeds, without=TASK), key=lambda title: title.startswith(FLATNESS))
-            lines += [f"**{dataset}**", ""]
-            lines += ["| | " + " | ".join(f"{start} (seeds: {len(runs)})" for start, runs in seeds.items()) + " |"]
-            lines += ["|---" * (1 + len(seeds)) + "|"]
-            for title in titles:
-                cells = [[rows[title] for rows in runs if title in rows] for runs in seeds.values()]
-                lines.append(f"| {title} | " + " | ".join(map(_cell, cells)) + " |")
-            lines.append("")
+            lines += [f"**{dataset}**", "", self.table_of(dataset, order), ""]
+        return "\n".join(lines)
+
+    def table_of(self, dataset: str, order: Collection[str] = ()) -> str:
+        """The table of one dataset."""
+        seeds = self.by_start(dataset, order)
+        lines = ["| | " + " | ".join(f"{start} (seeds: {len(runs)})" for start, runs in seeds.items()) + " |"]
+        lines += ["|---" * (1 + len(seeds)) + "|"]
+        for title in sorted(_titles(seeds, without=TASK), key=lambda title: title.startswith(FLATNESS)):
+            cells = [[rows[title] for rows in runs if title in rows] for runs in seeds.values()]
+            lines.append(f"| {title} | " + " | ".join(map(_cell, cells)) + " |")
         return "\n".join(lines)
 
     def by_start(self, dataset: str, order: Collection[str]) -> dict[str, list[dict[str, list[float]]]]:
@@ -218,13 +220,38 @@ def _cell(values: Sequence[tuple[float, ...]]) -> str:
     return f"{value.mean():.3f}{spread}" + (f" ({share[0].mean():.2f})" if share else "")
 
 
-def show(*results: str, picture: str = "", tasks: str = "") -> None:
+def filled(document: str, studies: Mapping[str, Results], told: str = "", order: Collection[str] = ()) -> str:
+    """A Markdown document with what it has of studies written anew.
+
+    A table stands after a mark, ``<!-- study.json Dataset1_Name -->``, what ``draw_tasks`` told after ``<!-- tasks -->``, each
+    between empty lines.
+
+    Args:
+        document: the text.
+        studies: by the names of their files.
+        told: by ``draw_tasks``; if empty, that part stays.
+        order: of the starting points; others come last.
+
+    Raises:
+        UserError: a part has no mark.
+    """
+    parts = {f"{file} {name}": one.table_of(name, order) for file, one in studies.items() for name in one.runs}
+    for name, part in (parts | ({"tasks": told} if told else {})).items():
+        before, mark, after = document.partition(f"<!-- {name} -->\n\n")
+        if not mark:
+            raise UserError(f"the document has no line <!-- {name} --> with an empty one after it")
+        document = before + mark + part + "\n\n" + after.partition("\n\n")[2]
+    return document
+
+
+def show(*results: str, picture: str = "", tasks: str = "", document: str = "") -> None:
     """Print the tables of files of results, and draw them.
 
     Args:
         results: results.json of studies.
         picture: PNG to write.
         tasks: PNG of each task's shares to write.
+        document: Markdown file in which to write the tables anew, and with ``tasks`` what these say, each after its mark.
     """
     from tests.benchmarks.study import STARTS
 
@@ -234,8 +261,11 @@ def show(*results: str, picture: str = "", tasks: str = "") -> None:
     print("\n".join(one.table(STARTS) for one in found))
     if picture:
         draw(found, picture, STARTS)
-    if tasks:
-        print(draw_tasks(found, tasks, STARTS))
+    told = draw_tasks(found, tasks, STARTS) if tasks else ""
+    print(told)
+    if document:
+        named = {Path(path).name: one for path, one in zip(results, found, strict=True)}
+        Path(document).write_text(filled(Path(document).read_text(), named, told, STARTS))
 
 
 if __name__ == "__main__":
