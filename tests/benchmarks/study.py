@@ -82,7 +82,9 @@ SHARP = {"learning_rate": 4e-4, "dropout": 0.0, "batch_size": 2}
 STARTS = {
     "stable": Start("pretrain_amos", "small", STABLE),
     "sharp": Start("pretrain_amos", "small", SHARP),
-    "sharp_long": Start("pretrain_amos", "small", SHARP, longer=8),  # learns slowly: so that it has learned as much
+    "stable_long": Start("pretrain_amos", "small", STABLE, longer=8),  # as much as each of them can learn
+    "sharp_long": Start("pretrain_amos", "small", SHARP, longer=8),
+    "sam_long": Start("pretrain_amos", "small,sam", STABLE, longer=8),
     **{name: Start("pretrain_amos", f"small,{name}", STABLE) for name in ("sam", "asam", "swa", "ema")},
     "budget": Start("pretrain_amos", "small", STABLE, {"norm_budget": 0.02}),
     "orthogonal": Start("pretrain_amos", "small", STABLE, orthogonal=True),
@@ -119,9 +121,9 @@ def study(
     Args:
         dataset_dir: labelled nnU-Net raw datasets, separated by commas.
         output: folder of the runs.
-        starts: starting points: stable, sharp, sharp_long (eight times the steps), scratch, genesis, mae, lwi; what may make
-            stable merge better: sam, asam, swa, ema (in pre-training), budget (short task vectors), orthogonal (to those of
-            the tasks before), tangent (linearised).
+        starts: starting points: stable, sharp, scratch, genesis, mae, lwi; what may make stable merge better: sam, asam, swa,
+            ema (in pre-training), budget (short task vectors), orthogonal (to those of the tasks before), tangent (linearised);
+            with eight times the steps stable_long, sharp_long, sam_long.
         seeds: how many; each has its own split, pre-training and fine-tuning.
         tasks: dictionary of task names and labels; default: those of the study, or every label of another dataset.
         unseen: pre-train on the labels that belong to no task, so that all tasks are new to the starting point.
