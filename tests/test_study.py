@@ -28,6 +28,14 @@ def test_runs_that_share_a_file_keep_each_others_results(tmp_path):
     assert lines[-1] == "| starting point: loss | 2.000 |  |"  # after the merges
 
 
+def test_a_seed_whose_specialists_learned_nothing_has_no_share(tmp_path):
+    results = Results(tmp_path / "results.json", SIZE)
+    results.add("HeadNeck", "sharp", 0, {"specialists": (0.01,), "average": (0.02,)})
+    results.add("HeadNeck", "sharp", 1, {"specialists": (0.51,), "average": (0.04, 0.08)})
+    assert "| average | 0.030 ± 0.014 (0.08) |" in results.table().splitlines()
+    draw([results], tmp_path / "results.png")
+
+
 def test_results_of_another_size_are_not_mixed(tmp_path):
     Results(tmp_path / "results.json", SIZE).add("HeadNeck", "stable", 0, {"average": (0.4, 0.8)})
     with pytest.raises(UserError, match=r"'width': 8.*another --output"):

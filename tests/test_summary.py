@@ -88,6 +88,25 @@ def test_paired_differences_and_shares():
     assert "No difference can be significant: 2 Wilcoxon signed-rank test(s) on at most 6 cases" in lines[-1]
 
 
+def test_a_specialist_that_learned_nothing_measures_nothing():
+    """0.6 would be sixty thousand times its Dice of 1e-5, and the mean share of both labels as absurd."""
+    found = summarise(
+        [
+            *scores("liver", "liver", [0.6] * 2),
+            *scores("aorta", "aorta", [1e-5] * 2),
+            *scores("merged", "liver", [0.3] * 2),
+            *scores("merged", "aorta", [0.6] * 2),
+            *scores("other", "aorta", [0.6] * 2),
+        ],
+        {"liver": "liver", "aorta": "aorta"},
+    )
+    assert found.normalized_accuracy == {"merged": {"labels": {"liver": 0.5}, "mean": 0.5, "worst": 0.5}}
+    assert found.as_dict()["not_learned"] == ["aorta"]
+    text = markdown(found)
+    assert "| merged | 0.300 (0.50) | 0.600 | 0.450 (0.50) | 0.50 |" in text
+    assert "No share of aorta: the specialist itself has a Dice below 0.1" in text
+
+
 def test_a_difference_that_is_significant_has_a_star_and_a_row():
     better = np.linspace(0.6, 0.7, 12)
     against = {"liver": "a", "tumour": "a"}  # which the dataset does not have

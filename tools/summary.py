@@ -20,7 +20,7 @@ METRICS: dict[str, Callable[[Score], float]] = {
 }
 RESAMPLES = 9999
 LEAST_CASES = 6  # with fewer no interval, and no Wilcoxon test of them, even uncorrected, gets below p = 0.05
-SMALLEST = 1e-6  # a specialist's Dice counts as at least this much
+LEARNED = 0.1  # mean Dice of a reference bundle that others are measured by; a share of less says nothing
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,14 @@ class Summary:
         bundles: by name.
         against: for each label the bundle that the others are compared with.
         normalized_accuracy: for each of the others ``{"labels": {label: share}, "mean": …, "worst": …}``, of the mean Dice.
+        not_learned: labels without a share, because the reference bundle itself has a mean Dice below ``LEARNED``.
         paired: a test of the differences in Dice for each of the others and each label; see ``paired_tests``.
     """
 
     bundles: dict[str, BundleSummary]
     against: dict[str, str]
     normalized_accuracy: dict[str, dict[str, Any]]
+    not_learned: list[str]
     paired: list[dict[str, Any]]
 
     def as_dict(self) -> dict[str, Any]:
@@ -86,6 +88,7 @@ class Summary:
             "bundles": {name: bundle.as_dict() for name, bundle in self.bundles.items()},
             "against": list(dict.fromkeys(self.against.values())),
             "normalized_accuracy": self.normalized_accuracy,
+            "not_learned": self.not_learned,
             "paired": self.paired,
         }
 
@@ -102,20 +105,21 @@ def summarise(scores: Sequence[Score], against: Mapping[str, str] | None = None)
     bundles = {name: _bundle_summary([score for score in scores if score.bundle == name]) for name in names}
     scored = {(score.bundle, score.label) for score in scores}
     against = {label: name for label, name in (against or {}).items() if (name, label) in scored}
+    reference = {label: bundles[name].labels[label]["dice"].mean for label, name in against.items()}
     shares = {}
     for name in bundles:
-        own = {label: values["dice"].mean for label, values in bundles[name].labels.items()}
-        reference = {label: bundles[against[label]].labels[label]["dice"].mean for label in own if label in against}
-        if name not in against.values() and reference:
-            parts = {label: own[label] / max(value, SMALLEST) for label, value in reference.items()}
-            parts = {label: part for label, part in parts.items() if not math.isnan(part)}
+        if name not in against.values():
+            own = {label: values["dice"].mean for label, values in bundles[name].labels.items()}
+            known = [label for label, value in reference.items() if value >= LEARNED and own.get(label, math.nan) >= 0]
+            parts = {label: own[label] / reference[label] for label in known}
             if parts:
                 shares[name] = {
                     "labels": parts,
                     "mean": float(np.mean([*parts.values()])),
                     "worst": min(parts.values()),
                 }
-    return Summary(bundles, against, shares, paired_tests(scores, against))
+    not_learned = [label for label, value in reference.items() if value < LEARNED]
+    return Summary(bundles, against, shares, not_learned, paired_tests(scores, against))
 
 
 def _bundle_summary(scores: Sequence[Score]) -> BundleSummary:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tools.summary import LEAST_CASES, BundleSummary, Estimate, Summary
+from tools.summary import LEARNED, LEAST_CASES, BundleSummary, Estimate, Summary
 
 SIGNIFICANT = 0.05
 DIGITS = {"dice": 3, "nsd": 3, "hd95_mm": 1, "false_positive_ml": 1}
@@ -66,7 +66,8 @@ def _table(
         if len(measured) == len(labels):
             whole = bundle.mean.get(metric) if len(bundle.labels) == len(labels) else None
             whole = whole or _without_interval(np.mean([value.mean for value in measured.values()]))
-        compared = all(label in share["labels"] for label, value in measured.items() if not math.isnan(value.mean))
+        shared = {*share["labels"], *summary.not_learned}
+        compared = all(label in shared for label, value in measured.items() if not math.isnan(value.mean))
         cells.append(cell(whole, digits, share.get("mean") if compared else None))
         if shares:
             cells.append(f"{share['worst']:.2f}" if "worst" in share else "")
@@ -112,6 +113,11 @@ def _remarks(summary: Summary) -> list[str]:
         reference = "the first row"
         remarks.append(
             f"In round brackets: normalized accuracy, the share of {reference}'s; worst: that of the worst label."
+        )
+    if summary.not_learned:
+        remarks.append(
+            f"No share of {', '.join(summary.not_learned)}: the specialist itself has a Dice below {LEARNED}, by which "
+            "nothing can be measured."
         )
     return [" ".join(remarks) + "\n"] * bool(remarks)
 

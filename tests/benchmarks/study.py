@@ -319,16 +319,17 @@ def _images(dataset: Path, cases: Sequence[str], folder: Path) -> Path:
 def _merges(run: Path) -> dict[str, tuple[float, ...]]:
     """For each row of ``compare`` its mean Dice, and the normalized accuracy but for the specialists.
 
-    And for each task the specialist's Dice, and the normalized accuracy of new heads on the starting point and of the average.
+    And for each task that its specialist learned, the specialist's Dice, and the normalized accuracy of new heads on the
+    starting point and of the average.
     """
     results = read_json(run / "compare" / "results.json")
     bundles, shares = results["bundles"], results["normalized_accuracy"]
     means = {title: (share["mean"],) for title, share in shares.items()}
     rows = {title: (found["mean"]["dice"]["mean"], *means.get(title, ())) for title, found in bundles.items()}
-    own, average = bundles[SPECIALISTS]["labels"], shares["average"]["labels"]
+    own, average = bundles[SPECIALISTS]["labels"], shares.get("average", {"labels": {}})["labels"]
     return rows | {
-        f"{TASK}{task}": (own[task]["dice"]["mean"], share, average[task])
-        for task, share in shares[NEW_HEADS]["labels"].items()
+        f"{TASK}{task}": (own[task]["dice"]["mean"], shares[NEW_HEADS]["labels"][task], share)
+        for task, share in average.items()
     }
 
 

@@ -21,7 +21,7 @@ from tools.output import complete_output
 
 FLATNESS = "starting point: "  # rows of another kind begin with this
 TASK = "task: "  # and those of one task: its specialist's Dice, what new heads alone keep of it, what the average keeps
-LEARNED = 0.3  # Dice of a specialist that shares are worth speaking of
+GOOD = 0.3  # Dice of a specialist that shares are worth speaking of
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def draw_tasks(studies: Sequence[Results], path: str | Path, order: Collection[s
     for seeds in (study.by_start(dataset, order) for study in studies for dataset in study.runs):
         for start, runs in seeds.items():
             tasks = [values for rows in runs for title, values in rows.items() if title.startswith(TASK)]
-            shares.setdefault(start, []).extend(shown for dice, *shown in tasks if dice >= LEARNED)
+            shares.setdefault(start, []).extend(shown for dice, *shown in tasks if dice >= GOOD)
     figure = Figure(figsize=(6.4, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
@@ -208,16 +208,16 @@ def _titles(seeds: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], withou
 
 def _mean(runs: Sequence[Mapping[str, Sequence[float]]], title: str, figure: int) -> float:
     """Over seeds, of one figure of a row; NaN where no seed has it."""
-    values = [rows[title][figure] for rows in runs if title in rows]
+    values = [value for rows in runs for value in rows.get(title, ())[figure : figure + 1]]
     return float(np.mean(values)) if values else float("nan")
 
 
 def _cell(values: Sequence[tuple[float, ...]]) -> str:
     if not values:
         return ""
-    value, *share = np.array(values).T
-    spread = f" ± {value.std(ddof=1):.3f}" if len(values) > 1 else ""
-    return f"{value.mean():.3f}{spread}" + (f" ({share[0].mean():.2f})" if share else "")
+    dice, shares = np.array([value for value, *_ in values]), [share for _, *share in values if share]
+    spread = f" ± {dice.std(ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{dice.mean():.3f}{spread}" + (f" ({np.mean(shares):.2f})" if shares else "")
 
 
 def filled(document: str, studies: Mapping[str, Results], told: str = "", order: Collection[str] = ()) -> str:

@@ -60,9 +60,10 @@ def key_figures(evaluation: Evaluation) -> list[dict[str, str]]:
     if evaluation.shares:
         shares, mean = evaluation.shares["labels"], evaluation.shares["mean"]
         worst = min(shares, key=shares.__getitem__)
-        figures.append(
-            {"name": "normalized accuracy", "value": f"{mean:.1%}", "note": "merge ÷ specialist, mean over tasks"}
-        )
+        left_out = [label for label in evaluation.summary.get("not_learned", ()) if label in evaluation.labels]
+        note = "merge ÷ specialist, mean over tasks"
+        note += f" without {', '.join(left_out)}, which the specialist has not learned" * bool(left_out)
+        figures.append({"name": "normalized accuracy", "value": f"{mean:.1%}", "note": note})
         figures.append({"name": "worst task", "value": f"{shares[worst]:.1%}", "note": worst})
     return figures
 
