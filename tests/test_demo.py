@@ -116,6 +116,9 @@ def test_the_table_averages_the_tasks_shares_of_their_specialists():
         "| spleen | 0.200 | 0.500 | 0.500 (1.00) |",
         "| mean | 0.300 | 0.650 | 0.550 (0.88) |",
     ]
+    means["specialists"]["spleen"] = 0.01  # of which 0.5 would be fifty times as much
+    rows = results_table(means, patients=6).splitlines()[-2:]
+    assert rows == ["| spleen | 0.200 | 0.010 | 0.500 |", "| mean | 0.300 | 0.405 | 0.550 (0.75) |"]
 
 
 def test_a_task_whose_folder_would_be_another_steps_is_refused(dataset, tmp_path):

@@ -28,6 +28,7 @@ from tools.bundle import read_json
 from tools.errors import UserError
 from tools.labels import parse_channels, parse_sources
 from tools.scores import dice
+from tools.summary import LEARNED
 
 BUNDLES = Path(os.path.relpath(Path(__file__).parents[1] / "bundles"))
 PHANTOM_TASKS = {
@@ -385,22 +386,22 @@ def _compare(root: Path, wanted: Mapping[str, Sequence], cohorts: Cohorts) -> st
 
 
 def results_table(means: Mapping[str, Mapping[str, float]], patients: int) -> str:
-    """A Markdown table of mean Dice: a row per task and their mean; each merge also as a share of the specialist.
+    """A Markdown table of mean Dice: a row per task and their mean; each merge also as a share of specialists that learned.
 
     Args:
         means: mean Dice by column title and task; the first two columns are the starting point and the specialists.
         patients: how many the means are over.
     """
     titles = list(means)
-    specialists = {task: max(score, 1e-6) for task, score in means["specialists"].items()}
-    shares = {title: {task: means[title][task] / specialists[task] for task in specialists} for title in titles}
+    specialists = means["specialists"]
+    learned = [task for task, score in specialists.items() if score >= LEARNED]
     lines = [f"Mean Dice on {patients} test patients; in brackets normalized accuracy (merged ÷ specialist).", ""]
     lines += ["| task | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
     for name, tasks in {**{task: [task] for task in specialists}, "mean": list(specialists)}.items():
         cells = []
         for position, title in enumerate(titles):
             score = f"{np.mean([means[title][task] for task in tasks]):.3f}"
-            share = f" ({np.mean([shares[title][task] for task in tasks]):.2f})"
-            cells.append(score + share if position > 1 else score)
+            shares = [means[title][task] / specialists[task] for task in tasks if task in learned]
+            cells.append(score + f" ({np.mean(shares):.2f})" if position > 1 and shares else score)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
