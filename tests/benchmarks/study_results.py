@@ -181,8 +181,10 @@ def draw_tasks(studies: Sequence[Results], path: str | Path, order: Collection[s
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     axis.axline((0, 0), slope=1, color="grey", linewidth=0.8)
-    for start, points in shares.items():
-        axis.scatter(*np.reshape(points, (-1, 2)).T, s=28, alpha=0.7, label=f"{start} ({len(points)})")
+    drawn = {start: points for start, points in shares.items() if points}
+    for number, (start, points) in enumerate(drawn.items()):  # ten colours, then they come again with another mark
+        look = {"s": 28, "alpha": 0.7, "marker": "osD"[number // 10 % 3]}
+        axis.scatter(*np.reshape(points, (-1, 2)).T, **look, label=f"{start} ({len(points)})")
     axis.set_xlabel("share of the specialist's Dice that new heads on the starting point reach (λ = 0)")
     axis.set_ylabel("share that the average of the task vectors keeps")
     figure.legend(loc="outside right upper", title="starting point (tasks)", fontsize=8, title_fontsize=8)
