@@ -187,7 +187,8 @@ def draw_tasks(studies: Sequence[Results], path: str | Path, order: Collection[s
         axis.scatter(*np.reshape(points, (-1, 2)).T, **look, label=f"{start} ({len(points)})")
     axis.set_xlabel("share of the specialist's Dice that new heads on the starting point reach (λ = 0)")
     axis.set_ylabel("share that the average of the task vectors keeps")
-    figure.legend(loc="outside right upper", title="starting point (tasks)", fontsize=8, title_fontsize=8)
+    if drawn:
+        figure.legend(loc="outside right upper", title="starting point (tasks)", fontsize=8, title_fontsize=8)
     figure.savefig(path, dpi=130)
     heads, average = np.reshape([point for points in shares.values() for point in points], (-1, 2)).T
     told = [f"{len(heads)} tasks"]
@@ -267,7 +268,11 @@ def show(*results: str, picture: str = "", tasks: str = "", document: str = "") 
     print(told)
     if document:
         named = {Path(path).name: one for path, one in zip(results, found, strict=True)}
-        Path(document).write_text(filled(Path(document).read_text(), named, told, STARTS))
+        if len(named) < len(found):
+            raise UserError("the files of results must have different names, by which the document marks their tables")
+        text = filled(Path(document).read_text(), named, told, STARTS)
+        with complete_output(document, overwrite=True) as path:
+            path.write_text(text)
 
 
 if __name__ == "__main__":
