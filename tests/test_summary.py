@@ -104,7 +104,7 @@ def test_a_specialist_that_learned_nothing_measures_nothing():
     assert found.as_dict()["not_learned"] == ["aorta"]
     text = markdown(found)
     assert "| merged | 0.300 (0.50) | 0.600 | 0.450 (0.50) | 0.50 |" in text
-    assert "No share of aorta: the specialist itself has a Dice below 0.1" in text
+    assert "No share of aorta: the first row itself has a Dice below 0.1" in text
 
 
 def test_a_difference_that_is_significant_has_a_star_and_a_row():

@@ -110,13 +110,12 @@ def _remarks(summary: Summary) -> list[str]:
     if min(cases) < LEAST_CASES:
         remarks.append(f"Fewer than {LEAST_CASES} cases with an organ are too few for an interval.")
     if summary.normalized_accuracy:
-        reference = "the first row"
         remarks.append(
-            f"In round brackets: normalized accuracy, the share of {reference}'s; worst: that of the worst label."
+            "In round brackets: normalized accuracy, the share of the first row's; worst: that of the worst label."
         )
     if summary.not_learned:
         remarks.append(
-            f"No share of {', '.join(summary.not_learned)}: the specialist itself has a Dice below {LEARNED}, by which "
+            f"No share of {', '.join(summary.not_learned)}: the first row itself has a Dice below {LEARNED}, by which "
             "nothing can be measured."
         )
     return [" ".join(remarks) + "\n"] * bool(remarks)
