@@ -61,3 +61,12 @@ def test_so_many_windows_at_once_that_no_convolution_is_pytorchs_slow_one():
     arguments = (image, weight, None, (1, 1, 1), (1, 1, 1), (1, 1, 1), False, (0, 0, 0), 1)
     assert torch._C._select_conv_backend(*arguments) == torch._C._ConvBackend.Mkldnn
     assert windows_at_once("float32") <= 2  # memory
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of processors")
+def test_small_windows_go_several_at_once_and_need_no_more_memory_than_a_large_one():
+    assert [windows_at_once(patch_size=[side] * 3) for side in (16, 32)] == [4, 4]
+    large = windows_at_once()
+    assert large <= 2
+    assert [windows_at_once(patch_size=size) for size in (64, [96, 96, 96], [32, 32, -1])] == [large] * 3
+    assert windows_at_once(patch_size=[64, 64, 32]) == 2

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from monai.inferers import Inferer, SimpleInferer
+from monai.utils import ensure_tuple_rep
 from torch import Tensor, nn
 
 
@@ -73,15 +75,22 @@ def _has_bfloat16(device: torch.device) -> bool:
     return True
 
 
-def windows_at_once(precision: str = "bfloat16") -> int:
+def windows_at_once(precision: str = "bfloat16", patch_size: Sequence[int] | int = -1) -> int:
     """How many windows one pass of the network takes best: 4 on a GPU, on a CPU 1, or 2 where it computes in float32.
 
     One needs least memory. But for a single image in float32, unless it is large, PyTorch 2.13 takes a convolution of its own
-    that is several times slower than oneDNN's (``_select_conv_backend`` names it ``Slow3d``).
+    that is several times slower than oneDNN's (``_select_conv_backend`` names it ``Slow3d``). And of small windows a CPU takes
+    up to 4, as many as make 64³ voxels: a transformer reads all its weights in every pass, however few tokens a window has.
+
+    Args:
+        precision: see ``MixedPrecisionInferer``.
+        patch_size: of the windows, voxels; a number, or one for each axis; where it is 0 or less, that of the image.
     """
     if torch.cuda.is_available():
         return 4
-    return 1 if precision == "bfloat16" and _has_bfloat16(torch.device("cpu")) else 2
+    least = 1 if precision == "bfloat16" and _has_bfloat16(torch.device("cpu")) else 2
+    sides = ensure_tuple_rep(patch_size, 3)
+    return max(least, min(4, 64**3 // math.prod(sides))) if min(sides) > 0 else least
 
 
 def full_size(output: Tensor | Sequence[Tensor]) -> Tensor:
