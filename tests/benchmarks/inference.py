@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 from monai.inferers import SlidingWindowInferer
+from monai.networks.nets import UNETR
 from torch import Tensor, nn
 
-from tools.bundle_code.inferers import MixedPrecisionInferer
+from tools.bundle_code.inferers import MixedPrecisionInferer, windows_at_once
 from tools.bundle_code.residual_unet import PointwiseConv3d, ResidualUNet3D
 from tools.bundle_code.sliding_window import SlidingWindow
 
@@ -27,6 +28,7 @@ GIB = 2**30
 ROOT = Path(__file__).parents[2]
 TASKS = 5
 IMAGE = (1, 1, 144, 144, 192)
+SMALL_WINDOW = 32
 WINDOWS = {"roi_size": 96, "overlap": 0.5, "mode": "gaussian"}  # those of the bundles
 
 
@@ -85,6 +87,18 @@ def nnunets_windows(image: Tensor, network: nn.Module, at_a_time: int) -> Tensor
     return SlidingWindow(sw_batch_size=at_a_time, **WINDOWS, windows="nnunet")(image, network)
 
 
+def one_small_window(image: Tensor, network: nn.Module, at_a_time: int) -> Tensor:
+    """The inferer of the bundles with small windows, one in each pass."""
+    keep_freed_memory()
+    network.to(memory_format=torch.channels_last_3d)
+    return SlidingWindow(SMALL_WINDOW, sw_batch_size=at_a_time)(image, network)
+
+
+def several_small_windows(image: Tensor, network: nn.Module, at_a_time: int) -> Tensor:
+    """The same with as many in each pass as the bundles take."""
+    return one_small_window(image, network, windows_at_once(patch_size=SMALL_WINDOW))
+
+
 def specialists(image: Tensor, network: nn.Module, at_a_time: int) -> Tensor:
     """The inferer of the bundles on a network for each task; returns the last one's labels."""
     for _ in range(TASKS):
@@ -106,6 +120,11 @@ def all_tasks() -> nn.Module:
     return unet(1 + TASKS)
 
 
+def transformer() -> nn.Module:
+    """The study's UNETR, 24 M parameters."""
+    return UNETR(1, 16, SMALL_WINDOW, feature_size=8, hidden_size=384, mlp_dim=1536, proj_type="perceptron")
+
+
 def one_layer() -> nn.Module:
     """105 classes at almost no cost, so that what is measured is stitching."""
     return PointwiseConv3d(1, 105)
@@ -119,6 +138,10 @@ def compare_inference() -> None:
     compare("16 classes, width 16", unet, IMAGE, [monai, monai_in_bfloat16, ours, smooth])
     compare_with_nnunet()
     compare_with_specialists()
+    for name, make in (("16 classes, UNETR", transformer), ("16 classes, width 16", unet)):
+        compare(
+            f"{name}, windows of {SMALL_WINDOW}³", make, (1, 1, 96, 96, 96), [one_small_window, several_small_windows]
+        )
     compare("105 classes, one layer", one_layer, (1, 1, 150, 150, 150), [monai, monai_in_bfloat16, ours])
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     if free < 30 * GIB:
