@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALL = -m pip install --quiet --disable-pip-version-check --no-compile
-unexport PYTHONDONTWRITEBYTECODE  # every command starts Python anew: without what it compiled before, importing MONAI takes twice as long
+unexport PYTHONDONTWRITEBYTECODE  # every command starts Python anew, which would compile MONAI again each time
 SERVE = apps/monailabel/serve.py --studies "$(STUDIES)" --bundles "$(BUNDLE)" --port $(or $(PORT),8000)
 
 .PHONY: demo serve dicom test test-fast bench study lint

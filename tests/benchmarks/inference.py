@@ -32,9 +32,9 @@ SMALL_WINDOW = 32
 WINDOWS = {"roi_size": 96, "overlap": 0.5, "mode": "gaussian"}  # those of the bundles
 
 
-def monai(image: Tensor, network: nn.Module, at_a_time: int) -> Tensor:
+def monai(image: Tensor, network: nn.Module) -> Tensor:
     """MONAI's inferer and an argmax in its defaults, float32 and contiguous, with the windows of the bundles."""
-    return SlidingWindowInferer(sw_batch_size=at_a_time, **WINDOWS)(image, contiguous(network)).argmax(1, keepdim=True)
+    return SlidingWindowInferer(**WINDOWS)(image, contiguous(network)).argmax(1, keepdim=True)
 
 
 def contiguous(network: nn.Module) -> nn.Module:
@@ -45,12 +45,10 @@ def contiguous(network: nn.Module) -> nn.Module:
     return network
 
 
-def monai_in_bfloat16(image: Tensor, network: nn.Module, at_a_time: int) -> Tensor:
+def monai_in_bfloat16(image: Tensor, network: nn.Module) -> Tensor:
     """The same in our precision and memory format."""
     network.to(memory_format=torch.channels_last_3d)
-    return MixedPrecisionInferer(SlidingWindowInferer(sw_batch_size=at_a_time, **WINDOWS))(image, network).argmax(
-        1, keepdim=True
-    )
+    return MixedPrecisionInferer(SlidingWindowInferer(**WINDOWS))(image, network).argmax(1, keepdim=True)
 
 
 def keep_freed_memory() -> None:
@@ -60,49 +58,43 @@ def keep_freed_memory() -> None:
     ReuseMemory(large=False)()
 
 
-def ours(image: Tensor, network: nn.Module, at_a_time: int) -> Tensor:
+def ours(image: Tensor, network: nn.Module) -> Tensor:
     """The inferer of the bundles, with freed memory kept as they do."""
     keep_freed_memory()
-    network.to(memory_format=torch.channels_last_3d)
-    return SlidingWindow(sw_batch_size=at_a_time, **WINDOWS)(image, network)
+    return SlidingWindow(**WINDOWS)(image, network)
 
 
-def smooth(image: Tensor, network: nn.Module, at_a_time: int) -> Tensor:
+def smooth(image: Tensor, network: nn.Module) -> Tensor:
     """The same, with labels on the grid of an image of two thirds of the voxel size."""
     from monai.data import MetaTensor
 
     keep_freed_memory()
-    network.to(memory_format=torch.channels_last_3d)
     fine = [round(1.5 * length) for length in image.shape[2:]]
     meta = {"original_affine": torch.diag(torch.tensor([2 / 3] * 3 + [1.0])), "spatial_shape": fine}
-    return SlidingWindow(sw_batch_size=at_a_time, **WINDOWS, output="smooth_labels")(
-        MetaTensor(image, torch.eye(4), meta), network
-    )
+    return SlidingWindow(**WINDOWS, output="smooth_labels")(MetaTensor(image, torch.eye(4), meta), network)
 
 
-def nnunets_windows(image: Tensor, network: nn.Module, at_a_time: int) -> Tensor:
+def nnunets_windows(image: Tensor, network: nn.Module) -> Tensor:
     """The inferer of the bundles with the windows of nnU-Net."""
     keep_freed_memory()
-    network.to(memory_format=torch.channels_last_3d)
-    return SlidingWindow(sw_batch_size=at_a_time, **WINDOWS, windows="nnunet")(image, network)
+    return SlidingWindow(**WINDOWS, windows="nnunet")(image, network)
 
 
-def one_small_window(image: Tensor, network: nn.Module, at_a_time: int) -> Tensor:
+def one_small_window(image: Tensor, network: nn.Module, at_a_time: int = 1) -> Tensor:
     """The inferer of the bundles with small windows, one in each pass."""
     keep_freed_memory()
-    network.to(memory_format=torch.channels_last_3d)
     return SlidingWindow(SMALL_WINDOW, sw_batch_size=at_a_time)(image, network)
 
 
-def several_small_windows(image: Tensor, network: nn.Module, at_a_time: int) -> Tensor:
+def several_small_windows(image: Tensor, network: nn.Module) -> Tensor:
     """The same with as many in each pass as the bundles take."""
     return one_small_window(image, network, windows_at_once(patch_size=SMALL_WINDOW))
 
 
-def specialists(image: Tensor, network: nn.Module, at_a_time: int) -> Tensor:
+def specialists(image: Tensor, network: nn.Module) -> Tensor:
     """The inferer of the bundles on a network for each task; returns the last one's labels."""
     for _ in range(TASKS):
-        labels = ours(image, network, at_a_time)
+        labels = ours(image, network)
     return labels
 
 
@@ -150,13 +142,11 @@ def compare_inference() -> None:
     compare("105 classes, one layer", one_layer, (1, 1, 300, 300, 400), ways)
 
 
-def compare(
-    name: str, make: Callable[[], nn.Module], size: Sequence[int], ways: Sequence[Callable], at_a_time: int = 1
-) -> None:
-    print(f"\n{name}, image of {' × '.join(map(str, size[2:]))}, {at_a_time} windows at a time")
+def compare(name: str, make: Callable[[], nn.Module], size: Sequence[int], ways: Sequence[Callable]) -> None:
+    print(f"\n{name}, image of {' × '.join(map(str, size[2:]))}")
     first: tuple[float, Tensor] | None = None
     for way in ways:
-        seconds, memory, labels = measure(make, size, way, at_a_time)
+        seconds, memory, labels = measure(make, size, way)
         first = first or (seconds, labels)
         unlike = "" if labels.shape != first[1].shape else f"{(labels != first[1]).sum().item():>10} voxels"
         print(
@@ -181,7 +171,7 @@ def compare_with_nnunet() -> None:
             torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8),
         )
     print(f"{'nnU-Net':<20} {theirs:8.2f} s")
-    seconds, memory, labels = measure(unet, IMAGE, nnunets_windows, 1)
+    seconds, memory, labels = measure(unet, IMAGE, nnunets_windows)
     unlike = (labels != expected).sum().item()
     print(
         f"{'ours':<20} {seconds:8.2f} s {theirs / seconds:6.2f} x {memory / GIB:8.2f} GiB {unlike:>10} voxels",
@@ -192,37 +182,33 @@ def compare_with_nnunet() -> None:
 def compare_with_specialists() -> None:
     """One merged network against a network for each task."""
     print(f"\n{TASKS} tasks, image of {' × '.join(map(str, IMAGE[2:]))}: a specialist for each, and one merged network")
-    apart, _, _ = measure(one_task, IMAGE, specialists, 1)
-    merged, _, _ = measure(all_tasks, IMAGE, ours, 1)
+    apart, _, _ = measure(one_task, IMAGE, specialists)
+    merged, _, _ = measure(all_tasks, IMAGE, ours)
     print(
         f"{apart:8.2f} s {merged:8.2f} s: {apart / merged:.2f} x, {apart / merged / TASKS:.2f} x for each task",
         flush=True,
     )
 
 
-def measure(
-    make: Callable[[], nn.Module], size: Sequence[int], way: Callable, at_a_time: int
-) -> tuple[float, int, Tensor]:
+def measure(make: Callable[[], nn.Module], size: Sequence[int], way: Callable) -> tuple[float, int, Tensor]:
     """Seconds, bytes above network and image, and flat labels of one pass in a process of its own."""
     context = multiprocessing.get_context("spawn")
     mine, other = context.Pipe()
-    process = context.Process(target=_measure, args=(other, make, size, way, at_a_time), daemon=True)
+    process = context.Process(target=_measure, args=(other, make, size, way), daemon=True)
     process.start()
     seconds, memory, labels = mine.recv()
     process.join()
     return seconds, memory, torch.frombuffer(labels, dtype=torch.uint8)
 
 
-def _measure(
-    connection: Connection, make: Callable[[], nn.Module], size: Sequence[int], way: Callable, at_a_time: int
-) -> None:
+def _measure(connection: Connection, make: Callable[[], nn.Module], size: Sequence[int], way: Callable) -> None:
     torch.manual_seed(0)
     network, image = make().eval(), torch.rand(size)
     with torch.inference_mode():
         before = _resident("VmRSS")
-        way(image[..., :100, :100, :100], network, at_a_time)  # what is set up once
+        way(image[..., :100, :100, :100], network)  # what is set up once
         began = time.perf_counter()
-        labels = way(image, network, at_a_time)
+        labels = way(image, network)
         seconds = time.perf_counter() - began
     connection.send((seconds, _resident("VmHWM") - before, bytearray(labels.to(torch.uint8).numpy().tobytes())))
 
