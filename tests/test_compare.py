@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import yaml
 
@@ -139,6 +140,11 @@ def test_lambda_is_not_chosen_on_test_cases_nor_one_label_measured_by_two(plane,
     result = compared(plane, tmp_path / "out", "--split_file", plane / "split.json", specialists="bright,dark,start")
     assert result.returncode == 1 and "both have a label 'bright'" in result.stderr
     assert not (tmp_path / "out").exists()
+    shutil.copytree(plane / "Dataset001_Quarters", tmp_path / "empty")
+    relabel(tmp_path / "empty", range(6), np.zeros_like)
+    words = ["--split_file", plane / "split.json", "--dataset_dir", tmp_path / "empty", "--methods", "task_arithmetic"]
+    result = compared(plane, tmp_path / "none", *words)
+    assert result.returncode == 1 and "has an organ of a task, so none can choose λ" in result.stderr
     (tmp_path / "file").write_text("")
     result = compared(plane, tmp_path / "file", "--split_file", plane / "split.json")
     assert result.returncode == 1 and "is a file, and --output is to be a folder" in result.stderr

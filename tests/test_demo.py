@@ -8,7 +8,8 @@ import pytest
 
 from tests.conftest import ROOT, here, run
 from tools.bundle_code.nnunet_data import all_cases
-from tools.demo import Steps, _phantom_cohorts, _tasks, results_table
+from tools.demo import PHANTOM_TASKS, Steps, _phantom_cohorts, choose_tasks, results_table
+from tools.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,22 @@ def test_simulated_patients_of_one_hospital_pretrain_and_the_others_fine_tune_an
         description = json.loads((folder / "dataset.json").read_text())
         assert ("portal" in description["name"]) == (name == "finetune")
     assert [len(part) for part in fold.values()] == [6, 2, 6]
-    assert list(_tasks(None, cohorts.finetune, phantom=True)) == ["liver", "spleen", "kidneys", "stomach"]
+    assert list(choose_tasks(None, cohorts.finetune, PHANTOM_TASKS, ())) == ["liver", "spleen", "kidneys", "stomach"]
+
+
+def test_tasks_are_labels_or_a_dictionary_and_have_folders_of_their_own(tmp_path):
+    labels = {"background": 0, "left kidney": 1, "left-kidney": 2, "liver": 3}
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels}))
+    usual = {"both": ["left kidney", "liver"], "other": 2}
+    assert list(choose_tasks(None, tmp_path, usual, ())) == ["both", "other"]
+    assert choose_tasks("liver,left kidney", tmp_path, usual, ()) == {
+        "liver": ["liver"],
+        "left kidney": ["left kidney"],
+    }
+    assert choose_tasks("{a: 3, b: 2}", tmp_path, None, ()) == {"a": ["liver"], "b": ["left-kidney"]}
+    for tasks, taken in ((None, ()), ("liver,left kidney", ("liver",))):
+        with pytest.raises(UserError, match=r"folder name of task .* is taken"):
+            choose_tasks(tasks, tmp_path, None, taken)
 
 
 def test_a_step_is_repeated_when_one_that_it_builds_on_was(tmp_path):

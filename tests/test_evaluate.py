@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -14,8 +15,9 @@ from tests.gains import make_plane
 from tests.test_merge import refused
 from tools.bundle import Bundle, read_json, write_json
 from tools.errors import UserError
-from tools.evaluate import evaluate, find_cases, reference_bundles, segment
+from tools.evaluate import evaluate, find_cases, found_channels, reference_bundles, segment
 from tools.scores import read_scores, write_scores
+from tools.unfinished import kept_file
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +74,8 @@ def test_what_others_are_compared_with(chain, tmp_path, capsys):
     assert "liver and again have 'liver': --against must say" in capsys.readouterr().out
     assert reference_bundles([merged, liver, again], ["again"]) == {"liver": "again"}
     assert reference_bundles([merged, liver, again], [str(chain.merged)]) == {"liver": "merged", "spleen": "merged"}
+    relative = os.path.relpath(tmp_path / "again")
+    assert reference_bundles([merged, Bundle(relative)], [f"{tmp_path}/again/"]) == {"liver": "again"}
     with pytest.raises(UserError, match="not among the bundles, did you mean 'again'"):
         reference_bundles([merged, again], ["agan"])
     with pytest.raises(UserError, match="liver and again have 'liver'"):
@@ -99,8 +103,9 @@ def test_a_stopped_evaluation_goes_on(untrained, tmp_path):
     refused(here(*words, 1), "case second: ", "second.nii.gz is not on the grid of its image")
     assert not (tmp_path / "out").exists()
     (kept,) = (tmp_path / "out.partial").iterdir()
-    assert {path.name for path in kept.iterdir()} == {"first.nii.gz", "first.csv", "second.nii.gz"}
-    write_scores(kept / "first.csv", [replace(score, dice=0.123) for score in read_scores(kept / "first.csv")])
+    (scored,) = kept.glob("first_*.csv")
+    assert {path.name[:-24] for path in kept.glob("*.nii.gz")} == {"first", "second"} and len(list(kept.iterdir())) == 3
+    write_scores(scored, [replace(score, dice=0.123) for score in read_scores(scored)])
     nibabel.save(nibabel.Nifti1Image(np.ones((24, 24, 24), np.uint8), np.eye(4)), tmp_path / "d/labelsTs/second.nii.gz")
     result = here(*words, 0)
     assert result.returncode == 0, result.stderr
@@ -109,6 +114,37 @@ def test_a_stopped_evaluation_goes_on(untrained, tmp_path):
     assert [row["case"] for row in rows] == ["first", "first", "second", "second"]
     assert rows[0]["dice"] == "0.123"  # what was kept, and not measured again
     assert (tmp_path / "out/label_maps/b/second.nii.gz").is_file() and not (tmp_path / "out.partial").exists()
+
+
+def test_what_is_kept_of_a_case_is_of_these_very_files(tmp_path):
+    """A corrected label may be older than what was kept: copies keep the time of their original."""
+    for name in ("image", "label", "other"):
+        (tmp_path / name).write_text("12")
+    image, label, other = (str(tmp_path / name) for name in ("image", "label", "other"))
+    kept = kept_file(tmp_path, "case", ".csv", image, label)
+    assert kept == kept_file(tmp_path, "case", ".csv", image, label) and kept.name.startswith("case_")
+    assert kept != kept_file(tmp_path, "case", ".csv", image, other) and kept != kept_file(
+        tmp_path, "case", ".csv", [image, other], label
+    )
+    os.utime(label, (0, 0))
+    assert kept != kept_file(tmp_path, "case", ".csv", image, label)
+
+
+def test_a_voxel_value_says_something_in_the_training_dataset_only(plane, tmp_path):
+    """The specialist of "bright" was trained on the region of the values 1 and 3 of another dataset."""
+    shutil.copytree(plane / "bright", tmp_path / "b")
+    trained = {"label_map": {"bright": [1, 2]}, "lineage": {"data": {"dataset": "Dataset001_Quarters"}}}
+    path = tmp_path / "b/configs/metadata.json"
+    write_json(path, read_json(path) | trained)
+    shutil.copytree(plane / "Dataset001_Quarters", tmp_path / "Dataset002_Other")
+    (tmp_path / "Dataset002_Other/dataset.json").write_text(json.dumps({"labels": {"dark": 1, "edge": 2, "bright": 3}}))
+    bundle = Bundle(tmp_path / "b")
+    assert found_channels(bundle, plane / "Dataset001_Quarters", {}) == {"bright": [1, 2]}
+    assert found_channels(bundle, tmp_path / "Dataset002_Other", {}) == {"bright": [3]}
+    assert found_channels(bundle, tmp_path / "Dataset002_Other", {"bright": "edge"}) == {"bright": [2]}
+    merged = {"vectors": [{"labels": ["bright"], "data": {"dataset": "Dataset001_Quarters"}}]}
+    write_json(path, read_json(path) | {"lineage": merged})
+    assert Bundle(tmp_path / "b").dataset_of("bright") == "Dataset001_Quarters"
 
 
 def test_other_label_names_are_mapped_or_refused(chain, tmp_path):
@@ -253,6 +289,9 @@ def test_what_cannot_be_meant_is_refused(plane, tmp_path):
     refused(
         evaluated(plane, output, "--labels", "{brigt: 1}"), "no bundle has a channel 'brigt', did you mean 'bright'"
     )
+    shutil.copytree(plane / "merged", tmp_path / "specialists")
+    refused(evaluated(plane, output, bundles=f"merged,{tmp_path}/specialists"), "must not be called 'specialists'")
+    shutil.rmtree(tmp_path / "specialists")
     refused(evaluated(plane, output, "--part", "val"), "has no splits_final.json", "--split_file")
     refused(evaluated(plane, output, "--workers", -1), "--workers -1: it must be 0 or more")
     refused(evaluated(plane, output, "--tolerance", "inf"), "--tolerance inf: it must be a number")

@@ -53,6 +53,14 @@ def test_several_labels_make_one_channel_or_several(chain, tmp_path):
     assert Bundle(tmp_path / "two").label_map == {"right": ["right kidney"], "left": ["left kidney"]}
 
 
+def test_a_region_is_its_labels_or_keeps_its_own_name(tmp_path):
+    labels = {"background": 0, "whole tumor": [1, 2], "core": 2, "left": 3, "right": 4, "both": [3, 4]}
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels}))
+    channels = resolve(tmp_path, {"tumor": "whole tumor", "pair": "both"})
+    assert channels == {"tumor": ["whole tumor"], "pair": ["left", "right"]}
+    assert resolve(tmp_path, {"edge": 1, "core": 2}) == {"edge": [1], "core": ["core"]}
+
+
 def test_a_label_to_ignore_is_said_to_be_trained_as_background(phantom_dataset, tmp_path, capsys):
     said = json.loads((phantom_dataset / "dataset.json").read_text())
     for ignored, warned in (({}, False), ({"ignore": 99}, True)):

@@ -31,6 +31,7 @@ from tools.instantiate import copy_template, set_labels, update_metadata
 from tools.lineage import file_sha256
 from tools.mergeability import mergeability
 from tools.report_page.charts import contour_map, grid_map
+from tools.report_page.evaluation import Evaluation
 from tools.report_page.page import as_csv
 from tools.task_vector import TaskVector
 
@@ -311,6 +312,26 @@ def test_scans_without_organs_and_labels_of_test_cases_alone(folder, tmp_path):
     done(here("tools", "report", *words, "--evaluation", tmp_path / "evaluation", "--output", tmp_path / "page.html"))
     assert "slices" in Page(tmp_path / "page.html").sections
     assert "no case has an organ" in (tmp_path / "page.html").read_text()
+
+
+def test_a_bundle_with_the_name_of_a_column_has_its_own_and_labels_that_were_not_scored_none(folder, evaluation):
+    """Another merge in a folder called "merge"; the starting point has a third organ, of which only calibration knows."""
+    other = evaluation.with_name("other_evaluation")
+    shutil.copytree(evaluation, other)
+    summary, facts, errors = (
+        json.loads((other / f"{name}.json").read_text()) for name in ("summary", "evaluation", "calibration")
+    )
+    summary["bundles"]["merge"] = json.loads(json.dumps(summary["bundles"]["merged"]))
+    summary["bundles"]["merge"]["labels"]["liver"]["dice"]["mean"] = 0.123
+    facts["bundles"]["merge"] = "0" * 64
+    errors["bundles"]["start"]["ece"]["spleen"] = {"mean": None, "low": None, "high": None, "cases": 0}
+    for name, content in (("summary", summary), ("evaluation", facts), ("calibration", errors)):
+        (other / f"{name}.json").write_text(json.dumps(content))
+    found = Evaluation.read(other, "start", Bundle(folder / "merged"))
+    assert found.columns() == ["starting point", "specialists", "merge", "merge (bundle)"]
+    assert found.value("merge (bundle)", "liver", "dice")["mean"] == 0.123
+    assert found.value("merge", "liver", "dice")["mean"] != 0.123 and found.value("merge", "liver", "ece")["mean"] >= 0
+    assert set(found.summary["bundles"]["start"]["labels"]) == set(ORGANS)
 
 
 def test_the_best_cell_of_a_grid_is_framed():

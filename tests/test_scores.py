@@ -10,7 +10,17 @@ from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from scipy import ndimage
 
 from tools.errors import UserError
-from tools.scores import dice, read_scores, score_label_map, surface_scores, write_scores
+from tools.scores import (
+    check_grid,
+    dice,
+    load_reference,
+    read_scores,
+    rounded_score,
+    score_label_map,
+    surface_scores,
+    write_scores,
+)
+from tools.summary import METRICS
 
 
 def blob(seed, shape=(30, 26, 22)):
@@ -76,6 +86,28 @@ def test_organs_that_are_not_there_follow_the_rules_and_survive_the_file(tmp_pat
     header, _, row, _ = (tmp_path / "scores.csv").read_text().splitlines()
     assert header == "bundle,case,label,dice,nsd,hd95_mm,reference_ml,predicted_ml"
     assert row == "b,c,absent,,,,0.0,0.08"
+
+
+def test_tiny_organs_have_a_volume():
+    """Of micro-CT: one voxel of 20 µm is 8e-9 ml, and neither absent nor missed."""
+    score = rounded_score("b", "c", "tubule", 0.5, math.nan, math.nan, 8e-9, 12.3456789)
+    assert (score.reference_ml, score.predicted_ml) == (8e-9, 12.3457)
+    assert math.isnan(METRICS["false_positive_ml"](score))
+
+
+def test_a_reference_that_is_no_label_map_of_the_image_is_refused(tmp_path):
+    nibabel.save(nibabel.Nifti1Image(np.zeros((6, 5, 4, 3), np.uint8), np.eye(4)), tmp_path / "channels.nii.gz")
+    with pytest.raises(UserError, match=r"channels.nii.gz has 3 volumes, a label map has one"):
+        load_reference(tmp_path / "channels.nii.gz")
+    image = ((60, 50, 40), np.diag([2.0, 2.0, 5.0, 1.0]))
+    check_grid("x", (image[0], image[1] + 0.004 * np.eye(4, k=3)), image)  # rounding, as other programs do
+    with pytest.raises(
+        UserError, match="x is not on the grid of its image: 60 × 50 × 4 voxels instead of 60 × 50 × 40"
+    ):
+        check_grid("x", ((60, 50, 4), image[1]), image)
+    for wrong in (image[1] + 1.0 * np.eye(4, k=3), np.diag([2.0, 2.0, 5.1, 1.0]), np.full((4, 4), np.nan)):
+        with pytest.raises(UserError, match=r"the same voxel lies up to (0\.5|1\.9|nan) voxels elsewhere"):
+            check_grid("x", (image[0], wrong), image)
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.benchmarks.study import STARTS
+from tests.benchmarks.study import STARTS, _images
 from tests.benchmarks.study_results import TASK, Results, Size, draw, draw_tasks, filled
 from tests.conftest import ROOT
 from tools.errors import UserError
@@ -25,7 +25,7 @@ def test_runs_that_share_a_file_keep_each_others_results(tmp_path):
     lines = found.table(["unused", "stable"]).splitlines()
     assert "| | stable (seeds: 2) | sharp (seeds: 1) |" in lines
     assert "| average | 0.500 ± 0.141 (0.85) | 0.100 (0.20) |" in lines
-    assert lines[-1] == "| starting point: loss | 2.000 |  |"  # after the merges
+    assert lines[-1] == "| starting point: loss | 2.000 | |"  # after the merges
 
 
 def test_a_seed_whose_specialists_learned_nothing_has_no_share(tmp_path):
@@ -40,6 +40,31 @@ def test_results_of_another_size_are_not_mixed(tmp_path):
     Results(tmp_path / "results.json", SIZE).add("HeadNeck", "stable", 0, {"average": (0.4, 0.8)})
     with pytest.raises(UserError, match=r"'width': 8.*another --output"):
         Results(tmp_path / "results.json", replace(SIZE, width=16))
+
+
+def test_an_interrupted_study_goes_on_only_as_it_was_begun(tmp_path):
+    tasks = {"HeadNeck": {"larynx": ["larynx"], "parotids": ["left", "right"]}}
+    Results(tmp_path / "results.json", SIZE).begin(tasks)  # and was stopped before it had a result
+    with pytest.raises(UserError, match="of another size"):
+        Results(tmp_path / "results.json", replace(SIZE, spacing=6))
+    results = Results(tmp_path / "results.json", SIZE)
+    results.begin(tasks)
+    with pytest.raises(UserError, match="results of other tasks of HeadNeck"):
+        results.begin({"HeadNeck": {"larynx": ["larynx"]}})
+    results.begin({"Abdomen": {"liver": ["liver"]}})
+    assert set(Results(tmp_path / "results.json", SIZE).tasks) == {"HeadNeck", "Abdomen"}
+
+
+def test_self_supervision_gets_the_images_of_all_its_cases(tmp_path):
+    names = {"pat.1": "pat.1_0000.nii.gz", "plain": "plain.nii.gz", "pat_2": "pat_2_0000.nii.gz"}
+    for folder in ("imagesTr", "labelsTr"):
+        (tmp_path / "D" / folder).mkdir(parents=True)
+    for case, image in names.items():
+        (tmp_path / "D/imagesTr" / image).write_text(case)
+        (tmp_path / "D/labelsTr" / f"{case}.nii.gz").touch()
+    for _ in range(2):
+        linked = _images(tmp_path / "D", ["pat.1", "plain"], tmp_path / "linked")
+    assert {path.name: path.read_text() for path in linked.iterdir()} == {names[n]: n for n in ("pat.1", "plain")}
 
 
 def test_the_picture_has_a_cell_for_each_method_and_start(tmp_path):

@@ -65,6 +65,12 @@ class Bundle:
         data = self.metadata.get("lineage", {}).get("data")
         return {str(name): str(value) for name, value in data.items()} if isinstance(data, dict) else {}
 
+    def dataset_of(self, label: str) -> str:
+        """Name of the dataset that taught it a label, of a merge as of a specialist; empty where that was not recorded."""
+        vectors = self.metadata.get("lineage", {}).get("vectors") or []
+        taught = [vector.get("data") or {} for vector in vectors if label in vector.get("labels", ())]
+        return str((taught[0] if taught else self.data).get("dataset", ""))
+
     @property
     def model_file(self) -> Path:
         return self.path / "models" / "model.pt"

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from tools.bundle import Bundle
 from tools.errors import UserError, naming
+from tools.markdown import table
 from tools.segmenter import preprocessed
 from tools.summary import Estimate, estimate
 from tools.summary_table import cell
@@ -47,18 +48,16 @@ def check_inferer(bundle: Bundle) -> None:
 
 def calibrate(
     bundle: Bundle,
-    cases: Mapping[str, Mapping[str, Any]],
+    cases: Mapping[Path, Mapping[str, Any]],
     channels: Mapping[str, Sequence[int] | None],
-    folder: Path,
     ignored: int | None = None,
 ) -> None:
-    """Run a bundle on cases and write ``<case>.json`` for each; see ``Counts.result`` for what is in it.
+    """Run a bundle on cases and write a JSON file for each; see ``Counts.result`` for what is in it.
 
     Args:
         bundle: with weights, and the project's own sliding windows.
-        cases: image and label paths by case.
+        cases: image and label paths by the file to write.
         channels: for each output channel from 1 on the reference's voxel values; None for what the dataset does not have.
-        folder: that exists.
         ignored: the reference's value for voxels that do not count.
 
     Raises:
@@ -73,7 +72,7 @@ def calibrate(
         parser = bundle.parser()
         parser["inferer#_target_"] = "tools.bundle_code.sliding_window.SlidingWindow"
         inferer, preprocessing = (parser.get_parsed_content(key) for key in ("inferer", "preprocessing"))
-        for name, case in tqdm(cases.items(), desc=f"{bundle.name}: calibration", disable=None, leave=False):
+        for path, case in tqdm(cases.items(), desc=f"{bundle.name}: calibration", disable=None, leave=False):
             image = preprocessed(preprocessing, case["image"], bundle.in_channels)["image"]
             with naming(case["label"]):
                 reference = LoadImage(ensure_channel_first=True)(case["label"])
@@ -81,9 +80,9 @@ def calibrate(
             counts = Counts(reference.round().long().to(device), channels, image.affine, ignored)
             for box, logits in inferer.pieces(image.as_tensor().to(device), network):
                 counts.add(box, margins(logits, inferer.average == "probabilities"))
-            partial = folder / f".{name}.json"
+            partial = path.with_name(f".{path.name}")
             partial.write_text(json.dumps(counts.result(), indent=1, allow_nan=False))
-            partial.replace(folder / f"{name}.json")
+            partial.replace(path)
 
 
 def margins(logits: Tensor, probabilities: bool = False) -> Tensor:
@@ -159,7 +158,7 @@ class Counts:
         self.margins[label] += torch.bincount(place + places * truth.long(), minlength=2 * places).view(2, -1).cpu()
 
     def result(self) -> dict[str, Any]:
-        """For each label the "ece", null where the reference does not have it, and "claimed_ml"; for each pair "conflicts".
+        """For each label the "ece", null where the reference does not have it; for each pair "conflicts".
 
         And, of labels that it has, the "margins": rows of bin, voxels of background, voxels of the organ; empty ones left out.
         """
@@ -171,7 +170,6 @@ class Counts:
                 label: [[place, *bins[:, place].long().tolist()] for place in bins.any(0).nonzero().flatten().tolist()]
                 for label, bins in self.margins.items()
             },
-            "claimed_ml": {label: claimed[i][i] for i, label in enumerate(labels)},
             "conflicts": [
                 {"labels": [labels[i], labels[j]], "ml": claimed[i][j]} for i, j in combinations(range(len(labels)), 2)
             ],
@@ -292,18 +290,9 @@ def calibration_markdown(bundles: Mapping[str, CalibrationSummary]) -> str:
     """Tables of calibration errors, as they are and with temperatures, and of the conflicts that are not zero when rounded."""
     labels = list(dict.fromkeys(label for bundle in bundles.values() for label in bundle.ece))
 
-    def table(title: str, cells: Mapping[str, Mapping[str, str]]) -> list[str]:
-        rows = [
-            f"| {name} | " + " | ".join(row.get(label, "") for label in [*labels, "mean"]) + " |"
-            for name, row in cells.items()
-        ]
-        return [
-            f"**{title}**",
-            "",
-            "| | " + " | ".join([*labels, "mean"]) + " |",
-            "|---" * (len(labels) + 2) + "|",
-            *rows,
-        ]
+    def by_label(cells: Mapping[str, Mapping[str, str]]) -> str:
+        columns = [*labels, "mean"]
+        return table(["", *columns], ([name, *(row.get(c, "") for c in columns)] for name, row in cells.items()))
 
     as_they_are, scaled = {}, {}
     for name, bundle in bundles.items():
@@ -313,19 +302,19 @@ def calibration_markdown(bundles: Mapping[str, CalibrationSummary]) -> str:
         scaled[name] = {label: cell(bundle.scaled[label], 3, t) for label, t in bundle.temperatures.items()}
         scaled[name]["mean"] = cell(bundle.scaled_mean, 3) if all_labels else ""
     title = f"Calibration error of the organs' probabilities within {AROUND_MM:g} mm of them (less is better)"
-    lines = table(title, as_they_are)
+    lines = [f"**{title}**", "", by_label(as_they_are)]
     if any(bundle.temperatures for bundle in bundles.values()):
         title = "The same with each organ's margins divided by a temperature, found on the other cases (in brackets: on all)"
-        lines += ["", *table(title, scaled)]
+        lines += ["", f"**{title}**", "", by_label(scaled)]
     conflicts = [
-        f"| {name} | {' and '.join(pair)} | {cell(value, 2)} |"
+        [name, " and ".join(pair), cell(value, 2)]
         for name, bundle in bundles.items()
         for pair, value in bundle.conflicts.items()
         if value.mean >= 0.005
     ]
     if conflicts:
         lines += ["", "**Volume that two organs' heads claim at once, ml (the larger margin gets it)**", ""]
-        lines += ["| | organs | volume |", "|---|---|---|", *conflicts]
+        lines.append(table(["", "organs", "volume"], conflicts))
     return "\n".join(lines) + "\n"
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from tools.bundle import Bundle, read_json
 from tools.errors import UserError
 from tools.instantiate import update_metadata
+from tools.markdown import table
 from tools.scores import read_scores
 from tools.summary import BundleSummary, Estimate, summarise
 
@@ -68,16 +69,19 @@ def write_card(folder: Path, lineage: Mapping[str, Any], label_map: Mapping[str,
     parameters = ", ".join(f"{name} = {value}" for name, value in lineage["parameters"].items()) or "none"
     if lineage.get("overrides"):
         parameters += f"; others for some tensors by {lineage['overrides']} overrides of the recipe"
-    rows = "\n".join(
-        f"| {v['task']} | {', '.join(v['labels'])} | {described(v.get('data', {}))} | `{v['sha256'][:16]}…` |"
-        for v in lineage["vectors"]
+    vectors = table(
+        ["task vector", "labels", "fine-tuned on", "SHA-256"],
+        (
+            [v["task"], ", ".join(v["labels"]), described(v.get("data", {})), f"`{v['sha256'][:16]}…`"]
+            for v in lineage["vectors"]
+        ),
     )
     channels = "\n".join(f"{i}. {label}" for i, label in enumerate(label_map, start=1))
     start = described(lineage.get("pretrained_data", {}))
     (folder / "docs" / "README.md").write_text(
         f"# Merged model\n\nMerged by **{lineage['method']}** (parameters: {parameters}) onto the starting point "
         f"**{lineage['pretrained']}** (`{lineage['pretrained_sha256'][:16]}…`), trained on {start}.\n\n"
-        f"| task vector | labels | fine-tuned on | SHA-256 |\n|---|---|---|---|\n{rows}\n\n"
+        f"{vectors}\n\n"
         f"Labels in the output (0 is background):\n\n{channels}\n\n"
         "Segment a folder of images:\n\n```bash\npython -m monai.bundle run --config_file configs/inference.json "
         "--bundle_root . --dataset_dir <images> --output_dir <label maps>\n```\n\n"
@@ -98,16 +102,22 @@ def described(data: Mapping[str, str]) -> str:
 
 def _with_results(text: str, where: str, summary: BundleSummary, tolerance: float) -> str:
     """A card with this table of results; it takes the place of an older one, else stands before the limits or at the end."""
-    rows = "\n".join(
-        f"| {label} | {v['dice'].mean:.3f} | {_interval(v['dice'])} | {v['nsd'].mean:.3f} | {v['hd95_mm'].mean:.1f} | "
-        f"{v['dice'].cases} |"
+    rows = [
+        [
+            label,
+            f"{v['dice'].mean:.3f}",
+            _interval(v["dice"]),
+            f"{v['nsd'].mean:.3f}",
+            f"{v['hd95_mm'].mean:.1f}",
+            v["dice"].cases,
+        ]
         for label, v in summary.labels.items()
         if v["dice"].cases
-    )
+    ]
+    columns = ["label", "Dice", "95 % interval", f"surface Dice, {tolerance:g} mm", "HD95, mm", "cases"]
     section = (
         f"{MEASURED}On {where}, by `python -m tools evaluate`; mean Dice over labels {summary.mean['dice'].mean:.3f}.\n\n"
-        f"| label | Dice | 95 % interval | surface Dice, {tolerance:g} mm | HD95, mm | cases |\n|---|---|---|---|---|---|\n"
-        f"{rows}\n\n"
+        f"{table(columns, rows)}\n\n"
     )
     if MEASURED in text:
         return re.sub(

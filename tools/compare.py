@@ -23,13 +23,13 @@ from tools.merge_scorer import MergeScorer
 from tools.recipe import Recipe
 from tools.scores import Score, read_scores, write_scores
 from tools.summary import mean_dice, summarise
-from tools.summary_table import markdown
+from tools.summary_table import SPECIALISTS, markdown
 from tools.task_statistics import TaskStatistics, statistics_file
 from tools.task_vector import TaskVector
 
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5)
 PAIRS_ONLY = ("slerp", "nuslerp")
-SPECIALISTS, NEW_HEADS = "specialists", "starting point + new heads (λ = 0)"  # rows that are always there
+NEW_HEADS = "starting point + new heads (λ = 0)"  # a row that is always there, as that of the specialists is
 KNOWN = 0.05  # share of a specialist's Dice that new heads reach; an average keeps little of what is below (docs/results.md)
 
 
@@ -94,6 +94,8 @@ def compare(
         ]
         if tunable:
             means = [mean_dice(scorer.recipe(candidate, "val")) for candidate in candidates]
+            if np.isnan(means).all():
+                raise UserError(f"no case of the part val of {split_file} has an organ of a task, so none can choose λ")
             best = candidates[int(np.argmax(means))]
             notes[name] = f"λ = {best.parameters['scale']:g}"
         else:

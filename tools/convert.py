@@ -16,6 +16,7 @@ from tools.errors import UserError, nearest
 from tools.importers.conversion import Conversion
 from tools.instantiate import assemble_scripts, copy_template, introduce, set_labels, set_values, update_metadata
 from tools.lineage import file_sha256
+from tools.markdown import table
 from tools.network_check import check_fit
 from tools.output import complete_output
 from tools.vendor import BUNDLES
@@ -174,10 +175,12 @@ def _card(title: str, facts: Mapping[str, str], conversion: Conversion) -> str:
 
 def _account(checkpoint: Path, conversion: Conversion) -> str:
     """What became of every tensor, as Markdown."""
-    lines = [f"# What became of {checkpoint.name}", "", "| tensor | shape | from |", "|---|---|---|"]
-    for name, tensor in conversion.tensors.items():
-        lines.append(f"| `{name}` | {' × '.join(map(str, tensor.shape))} | {conversion.origins[name]} |")
+    rows = (
+        [f"`{name}`", " × ".join(map(str, tensor.shape)), conversion.origins[name]]
+        for name, tensor in conversion.tensors.items()
+    )
+    text = f"# What became of {checkpoint.name}\n\n{table(['tensor', 'shape', 'from'], rows)}\n"
     if conversion.left_out:
-        lines += ["", "Left out:", "", "| of the checkpoint | why |", "|---|---|"]
-        lines += [f"| `{name}` | {reason} |" for name, reason in conversion.left_out.items()]
-    return "\n".join(lines) + "\n"
+        left_out = ([f"`{name}`", reason] for name, reason in conversion.left_out.items())
+        text += f"\nLeft out:\n\n{table(['of the checkpoint', 'why'], left_out)}\n"
+    return text

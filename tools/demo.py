@@ -27,6 +27,7 @@ from tqdm import tqdm
 from tools.bundle import read_json
 from tools.errors import UserError
 from tools.labels import parse_channels, parse_sources
+from tools.markdown import table
 from tools.scores import dice
 from tools.summary import LEARNED
 
@@ -109,7 +110,8 @@ def demo(
     else:
         cohorts = _phantom_cohorts(steps, root, seed)
         pretrain_epochs, finetune_epochs = pretrain_epochs or 6, finetune_epochs or 4
-    wanted = _tasks(tasks, cohorts.finetune, phantom=not dataset_dir)
+    usual = None if dataset_dir else PHANTOM_TASKS
+    wanted = choose_tasks(tasks, cohorts.finetune, usual, taken=("pretrain", *MERGES))
 
     print("\n1. a starting point: pre-train on all organs of the first patients")
     start = root / "pretrain"
@@ -270,17 +272,30 @@ def _vector(root: Path, task: str) -> Path:
     return root / "vectors" / f"{slug(task)}.safetensors"
 
 
-def _tasks(tasks: object, dataset_dir: Path, phantom: bool) -> dict[str, list[Any]]:
+def choose_tasks(
+    tasks: object, dataset_dir: Path, usual: Mapping[str, Any] | None, taken: Collection[str]
+) -> dict[str, list[Any]]:
+    """The tasks that a user names, and their labels in a dataset.
+
+    Args:
+        tasks: from the command line: labels with commas between them, a dictionary of task names and labels, or None.
+        dataset_dir: nnU-Net raw dataset.
+        usual: instead of None; without these, every label of the dataset.
+        taken: names of folders beside those of the tasks.
+
+    Raises:
+        UserError: there are fewer than two, the dataset does not have a label, or two tasks would have the same folder.
+    """
     from tools.bundle_code.nnunet_data import read_labels
     from tools.labels import resolve
 
     if tasks is None:
-        chosen = PHANTOM_TASKS if phantom else {name: name for name in read_labels(dataset_dir)}
+        chosen = usual or {name: name for name in read_labels(dataset_dir)}
     else:
         chosen = parse_channels(tasks) or {str(name): name for name in parse_sources(tasks)}
     if len(chosen) < 2:
         raise UserError("a merge needs two tasks at least")
-    folders = ["pretrain", *MERGES, *map(slug, chosen)]
+    folders = [*taken, *map(slug, chosen)]
     for task in chosen:
         if folders.count(slug(task)) > 1:
             raise UserError(f"the folder name of task {task!r} is taken; call it something else")
@@ -395,13 +410,13 @@ def results_table(means: Mapping[str, Mapping[str, float]], patients: int) -> st
     titles = list(means)
     specialists = means["specialists"]
     learned = [task for task, score in specialists.items() if score >= LEARNED]
-    lines = [f"Mean Dice on {patients} test patients; in brackets normalized accuracy (merged ÷ specialist).", ""]
-    lines += ["| task | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
+    rows = []
     for name, tasks in {**{task: [task] for task in specialists}, "mean": list(specialists)}.items():
         cells = []
         for position, title in enumerate(titles):
             score = f"{np.mean([means[title][task] for task in tasks]):.3f}"
             shares = [means[title][task] / specialists[task] for task in tasks if task in learned]
             cells.append(score + f" ({np.mean(shares):.2f})" if position > 1 and shares else score)
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append([name, *cells])
+    what = f"Mean Dice on {patients} test patients; in brackets normalized accuracy (merged ÷ specialist)."
+    return f"{what}\n\n{table(['task', *titles], rows)}\n"

@@ -25,8 +25,10 @@ from tools.output import complete_output
 from tools.scores import Score, read_scores, score_label_map, write_scores
 from tools.segmenter import Segmenter, write_label_map
 from tools.summary import Summary, summarise
-from tools.summary_table import markdown
-from tools.unfinished import clear, made, unfinished
+from tools.summary_table import SPECIALISTS, markdown
+from tools.unfinished import clear, kept_file, unfinished
+
+REFERENCE = "reference"  # the first column of a picture
 
 
 def evaluate(
@@ -70,6 +72,10 @@ def evaluate(
     bundles = [Bundle(path) for path in split_paths(bundle)]
     if len({b.name for b in bundles}) != len(bundles):
         raise UserError("the bundles' folders must have different names")
+    for name in {REFERENCE, SPECIALISTS} & {b.name for b in bundles}:
+        raise UserError(
+            f"a bundle's folder must not be called {name!r}, which is what tables and pictures call another thing"
+        )
     at_least(0, tolerance=tolerance, workers=workers)
     for b in bundles:
         check_channels(dataset_dir, b)
@@ -99,9 +105,11 @@ def evaluate(
         calibrated = {
             b.name: _calibration(b, dataset_dir, cases, done[b.name], renamed) for b in bundles if calibration
         }
-        for name, case in [(b.name, case) for b in bundles for case in cases]:
-            (folder / "label_maps" / name).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(done[name] / f"{case}.nii.gz", folder / "label_maps" / name / f"{case}.nii.gz")
+        for b in bundles:
+            (folder / "label_maps" / b.name).mkdir(parents=True)
+            for name, case in cases.items():
+                kept = kept_file(done[b.name], name, ".nii.gz", case["image"])
+                shutil.copyfile(kept, folder / "label_maps" / b.name / f"{name}.nii.gz")
         table = _write_results(folder, scores, summarise(scores, references), calibrated, facts)
         if overlays:
             for name, case in tqdm(cases.items(), desc="pictures", disable=None, leave=False):
@@ -159,25 +167,28 @@ def score_bundle(
         print(f"{bundle.name}: not scored, because the dataset does not have them: {', '.join(left_out)}")
     folder.mkdir(parents=True, exist_ok=True)
 
+    label_maps = {name: kept_file(folder, name, ".nii.gz", case["image"]) for name, case in cases.items()}
+    files = {name: kept_file(folder, name, ".csv", case["image"], case["label"]) for name, case in cases.items()}
+
     def score(name: str) -> Future | None:
-        facts = (bundle.name, name, folder / f"{name}.nii.gz", cases[name]["label"], channels, tolerance, ignored)
+        facts = (files[name], bundle.name, name, label_maps[name], cases[name]["label"], channels, tolerance, ignored)
         return executor.submit(_score_case, *facts) if executor else _score_case(*facts)
 
-    to_segment = {name: case for name, case in cases.items() if not made(folder / f"{name}.nii.gz", case["image"])}
-    to_score = [name for name in cases if name not in to_segment and not made(folder / f"{name}.csv", cases[name])]
+    to_segment = {name: case for name, case in cases.items() if not label_maps[name].is_file()}
+    to_score = [name for name in cases if name not in to_segment and not files[name].is_file()]
     if len(cases) > len(to_segment):
         print(f"{bundle.name}: goes on, {len(cases) - len(to_segment)} of {len(cases)} cases were segmented before")
     scored = [score(name) for name in to_score]
     for name, prediction, affine in segment(bundle, to_segment) if to_segment else ():
-        write_label_map(folder / f"{name}.nii.gz", prediction, affine)
+        write_label_map(label_maps[name], prediction, affine)
         scored.append(score(name))
     for future in tqdm(filter(None, scored), desc=f"{bundle.name}: scores", disable=None, leave=False):
         future.result()
-    return [score for name in cases for score in read_scores(folder / f"{name}.csv")]
+    return [score for file in files.values() for score in read_scores(file)]
 
 
-def _score_case(bundle: str, name: str, label_map: Path, *facts: Any) -> None:
-    write_scores(label_map.with_name(f"{name}.csv"), score_label_map(bundle, name, label_map, *facts))
+def _score_case(file: Path, *facts: Any) -> None:
+    write_scores(file, score_label_map(*facts))
 
 
 def _calibration(
@@ -185,11 +196,11 @@ def _calibration(
 ) -> CalibrationSummary:
     from tools.bundle_code.nnunet_data import ignored_value
 
-    files = {name: folder / f"{name}.json" for name in cases}
-    missing = {name: case for name, case in cases.items() if not made(files[name], case)}
+    files = {name: kept_file(folder, name, ".json", case["image"], case["label"]) for name, case in cases.items()}
+    missing = {file: cases[name] for name, file in files.items() if not file.is_file()}
     if missing:
         channels = matched_channels(bundle, dataset_dir, labels)
-        calibrate(bundle, missing, channels, folder, ignored_value(dataset_dir))
+        calibrate(bundle, missing, channels, ignored_value(dataset_dir))
     return summarise_calibration([read_json(file) for file in files.values()])
 
 
@@ -233,11 +244,11 @@ def reference_bundles(bundles: Sequence[Bundle], against: Sequence[str]) -> dict
         UserError: one of ``against`` is not among the bundles, or two have the same label.
     """
     if against:
-        names = {str(b.path): b.name for b in bundles} | {b.name: b.name for b in bundles}
         for path in against:
-            if path.rstrip("/") not in names:
-                raise UserError(f"--against {path}: not among the bundles{nearest(path, names)}")
-        chosen = [b for b in bundles if b.name in {names[path.rstrip("/")] for path in against}]
+            if not any(_is(b, path) for b in bundles):
+                known = [*(b.name for b in bundles), *(str(b.path) for b in bundles)]
+                raise UserError(f"--against {path}: not among the bundles{nearest(path, known)}")
+        chosen = [b for b in bundles if any(_is(b, path) for path in against)]
     else:
         merged = [b.metadata.get("lineage", {}) for b in bundles if "vectors" in b.metadata.get("lineage", {})]
         tasks = [(m.get("pretrained_sha256"), v.get("labels")) for m in merged for v in m["vectors"]]
@@ -251,6 +262,10 @@ def reference_bundles(bundles: Sequence[Bundle], against: Sequence[str]) -> dict
                 raise UserError(which)
             print(which)
     return {label: names[0] for label, names in owned.items() if len(names) == 1}
+
+
+def _is(bundle: Bundle, name_or_path: str) -> bool:
+    return name_or_path == bundle.name or Path(name_or_path).resolve() == bundle.path.resolve()
 
 
 def owners(bundles: Sequence[Bundle]) -> dict[str, list[str]]:
@@ -335,12 +350,21 @@ def matched_channels(bundle: Bundle, dataset_dir: str | Path, labels: Mapping) -
 
 
 def found_channels(bundle: Bundle, dataset_dir: str | Path, labels: Mapping) -> dict[str, list[int] | None]:
-    """The same, also of a dataset that has none of the labels."""
+    """The same, also of a dataset that has none of the labels.
+
+    What a channel was trained on counts, then its own name. A voxel value says something in the training dataset only.
+    """
     from tools.bundle_code.nnunet_data import label_values
 
+    dataset = data_facts(dataset_dir)["dataset"]
     found: dict[str, list[int] | None] = {}
     for label, sources in bundle.label_map.items():
-        candidates = [parse_sources(labels[label])] if label in labels else [sources, [label]]
+        if label in labels:
+            candidates = [parse_sources(labels[label])]
+        elif bundle.dataset_of(label) == dataset or all(isinstance(source, str) for source in sources):
+            candidates = [sources, [label]]
+        else:
+            candidates = [[label]]
         found[label] = None
         for candidate in candidates:
             try:
@@ -367,7 +391,7 @@ def _draw(
     image = LoadImage(ensure_channel_first=True)(case["image"])
     truth = np.asarray(LoadImage(ensure_channel_first=True)(case["label"])[0])
     reference: dict[str, np.ndarray] = {}
-    columns = {"reference": reference}
+    columns = {REFERENCE: reference}
     for bundle in bundles:
         channels = matched_channels(bundle, dataset_dir, labels)
         label_map = np.asarray(nibabel.load(folder / "label_maps" / bundle.name / f"{name}.nii.gz").dataobj)

@@ -24,6 +24,7 @@ from tools.landscape import (
     on_line,
     top_eigenvalue,
 )
+from tools.markdown import table
 from tools.merge import split_paths
 from tools.output import complete_output
 
@@ -131,9 +132,9 @@ def flatness(
             result["plane"] = _plane(start, specialists, points)
         folder.mkdir()
         (folder / "flatness.json").write_text(json.dumps(result, indent=2, allow_nan=False))
-        (folder / "flatness.md").write_text(table(result) + "\n")
+        (folder / "flatness.md").write_text(markdown(result) + "\n")
         draw(result, folder)
-    print(table(result))
+    print(markdown(result))
     print(f"written: {output}/flatness.json, flatness.md and pictures")
 
 
@@ -197,18 +198,17 @@ def measure(surface: Surface, images: Tensor, levels: Sequence[float], seeds: in
     }
 
 
-def table(result: Mapping[str, Any]) -> str:
+def markdown(result: Mapping[str, Any]) -> str:
     """The numbers as Markdown, one column for each bundle."""
     lines, bundles = [], result["bundles"]
     if bundles:
-        lines += ["| | " + " | ".join(bundles) + " |", "|---" * (1 + len(bundles)) + "|"]
-        for measure, title in MEASURES.items():
-            lines.append(f"| {title} | " + " | ".join(f"{facts[measure]:.4g}" for facts in bundles.values()) + " |")
+        rows = [[title, *(f"{b[measure]:.4g}" for b in bundles.values())] for measure, title in MEASURES.items()]
         levels = [entry["relative"] for entry in next(iter(bundles.values()))["noise"]]
         for number, level in enumerate(levels):
             entries = [facts["noise"][number] for facts in bundles.values()]
             cells = [f"{entry['mean']:.4g} ± {entry['std']:.2g}" for entry in entries]
-            lines.append(f"| loss, weights moved by {level:.4g} | " + " | ".join(cells) + " |")
+            rows.append([f"loss, weights moved by {level:.4g}", *cells])
+        lines.append(table(["", *bundles], rows))
     if line := result["line"]:
         lines += [
             "",

@@ -62,7 +62,7 @@ def renamed_labels(labels: object, bundles: Sequence[Bundle]) -> dict[str, objec
 
 
 def resolve(dataset_dir: str | Path, channels: Mapping[str, object]) -> dict[str, list[Label]]:
-    """Output channels with the names that the dataset gives to their labels.
+    """Output channels with the names that the dataset gives to their labels; a region is its labels, if these have names.
 
     Args:
         dataset_dir: nnU-Net raw dataset.
@@ -75,8 +75,9 @@ def resolve(dataset_dir: str | Path, channels: Mapping[str, object]) -> dict[str
 
     wanted = {str(name): parse_sources(sources) for name, sources in channels.items()}
     try:
-        values = label_values(dataset_dir, wanted)
+        label_values(dataset_dir, wanted)  # refuses what is not there, or twice
         names = {value: name for name, vs in read_labels(dataset_dir).items() for value in vs if len(vs) == 1}
+        named = {source: label_values(dataset_dir, {str(source): [source]})[0] for s in wanted.values() for source in s}
     except (ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from None
     if ignored_value(dataset_dir) is not None:
@@ -84,7 +85,12 @@ def resolve(dataset_dir: str | Path, channels: Mapping[str, object]) -> dict[str
             f"warning: {dataset_dir} has a label 'ignore'; evaluation leaves its voxels out, "
             "but training takes them for background"
         )
-    return {name: [names.get(v, v) for v in vs] for name, vs in zip(wanted, values, strict=True)}
+
+    def called(source: Label) -> list[Label]:
+        values = named[source]
+        return [names[v] for v in values] if all(v in names for v in values) else [source]
+
+    return {name: [label for source in sources for label in called(source)] for name, sources in wanted.items()}
 
 
 def check_channels(dataset_dir: str | Path, bundle: Bundle) -> None:

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from tools.bundle import Bundle
-from tools.errors import UserError, naming
+from tools.errors import UserError
 from tools.evaluate import matched_channels
 from tools.labels import check_channels, renamed_labels
 from tools.merge import merge_recipe
 from tools.merge_engine import MergeEngine
 from tools.recipe import Recipe
-from tools.scores import Score
+from tools.scores import Score, check_grid, load_reference, rounded_score
 from tools.segmenter import Segmenter
 from tools.task_vector import TaskVector
 
@@ -101,8 +101,8 @@ class MergeScorer:
             with bundle.code():
                 case = self._case(name, files)
                 label_map, affine = self._segmenter(case.image, network)
-            if label_map.shape != case.reference.shape or not np.allclose(affine, case.affine, atol=1e-3):
-                raise UserError(f"case {name}: its reference is not on the grid of its image")
+            reference = f"case {name}: {files['label']}"
+            check_grid(reference, (case.reference.shape, case.affine), (label_map.shape, affine))
             yield name, case.scores(title, name, label_map, self.channels, self._ignored)
 
     def _case(self, name: str, files: Mapping[str, Any]) -> _Case:
@@ -133,18 +133,9 @@ class _Case:
 
     @classmethod
     def load(cls, segmenter: Segmenter, files: Mapping[str, Any]) -> _Case:
-        from monai.transforms import Compose, EnsureChannelFirst, LoadImage
-
-        with naming(files["label"]):
-            label = Compose([LoadImage(), EnsureChannelFirst()])(files["label"])
-        voxels = np.asarray(label[0]).round().astype(np.int32)
+        voxels, affine = load_reference(files["label"])
         values, positions = np.unique(voxels, return_inverse=True)
-        return cls(
-            segmenter.load(files["image"]),
-            values,
-            positions.reshape(voxels.shape).astype(np.int16),
-            label.affine.numpy(),
-        )
+        return cls(segmenter.load(files["image"]), values, positions.reshape(voxels.shape).astype(np.int16), affine)
 
     @property
     def size(self) -> int:
@@ -170,8 +161,8 @@ class _Case:
                 organ = counts[np.isin(self.values, values)]
                 truth, predicted = int(organ.sum()), int(counts[:, channel].sum())
                 dice = 2 * int(organ[:, channel].sum()) / (truth + predicted) if truth else math.nan
-                volumes = [round(float(voxels * millilitres), 4) for voxels in (truth, predicted)]
-                scores.append(Score(bundle, name, label, round(dice, 6), math.nan, math.nan, *volumes))
+                volumes = [float(voxels * millilitres) for voxels in (truth, predicted)]
+                scores.append(rounded_score(bundle, name, label, dice, math.nan, math.nan, *volumes))
         return scores
 
 

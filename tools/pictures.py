@@ -67,16 +67,18 @@ def draw_case(
                 picture[inside] = 0.45 * picture[inside] + 0.55 * np.array(colours[organ])
             flip = axis != 0  # axial and coronal as radiologists look: the patient's right on the left of the picture
             ax.imshow(picture[:, ::-1] if flip else picture, origin="lower", aspect=aspect, interpolation="nearest")
-            if column and outline.any():
+            if column and outline.any() and min(outline.shape) > 1:  # a single row of voxels has no outline
                 ax.contour(outline[:, ::-1] if flip else outline, levels=[0.5], colors="white", linewidths=0.6)
             ax.axis("off")
             if row == 0:
-                ax.set_title(name, color="white", fontsize=9)
+                ax.set_title(name, color="white", fontsize=9, parse_math=False)
     legend = [Patch(color=colour, label=organ) for organ, colour in colours.items()]
     across = min(len(legend), max(2, 2 * len(columns)))
-    figure.legend(handles=legend, loc="lower center", ncols=across, fontsize=8, labelcolor="white", frameon=False)
+    below = {"loc": "lower center", "ncols": across, "fontsize": 8, "labelcolor": "white", "frameon": False}
+    for text in figure.legend(handles=legend, **below).get_texts():
+        text.set_parse_math(False)
     if title:
-        figure.suptitle(title, color="white", fontsize=8, x=0.01, y=0.995, ha="left")
+        figure.suptitle(title, color="white", fontsize=8, x=0.01, y=0.995, ha="left", parse_math=False)
     bottom = (0.1 + 0.2 * -(-len(legend) // across)) / figure.get_figheight()
     figure.tight_layout(rect=(0, bottom, 1, 1), pad=0.4)
     figure.savefig(path, dpi=110, facecolor="black")

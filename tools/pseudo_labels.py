@@ -22,13 +22,14 @@ from tqdm import tqdm
 from tools.bundle import Bundle, read_json, write_json
 from tools.demo import tools
 from tools.errors import UserError
+from tools.markdown import table
 from tools.merge import merge_recipe, split_paths
 from tools.output import complete_output
 from tools.recipe import Recipe
 from tools.scans import all_scans
 from tools.segmenter import Segmenter, write_label_map
 from tools.task_vector import TaskVector
-from tools.unfinished import clear, made, unfinished
+from tools.unfinished import clear, kept_file, unfinished
 
 ENDING = ".nii.gz"
 
@@ -81,17 +82,17 @@ def pseudo_labels(
         done.mkdir(parents=True, exist_ok=True)
         with stacked.code():
             readable = _segment(Segmenter(stacked), specialists, cases, done)
-        volumes = _volumes(done, readable, len(stacked.labels))
+        volumes = _volumes(readable.values(), len(stacked.labels))
         if not any(volume.any() for volume in volumes):
             raise UserError(f"the specialists see none of {', '.join(stacked.labels)} in the {len(readable)} scans")
         for name in readable:
             _put_images(cases[name], name, folder / "imagesTr")
         (folder / "labelsTr").mkdir()
-        for name in readable:
-            shutil.copyfile(done / f"{name}{ENDING}", folder / "labelsTr" / f"{name}{ENDING}")
+        for name, label_map in readable.items():
+            shutil.copyfile(label_map, folder / "labelsTr" / f"{name}{ENDING}")
         write_json(folder / "dataset.json", _description(images, stacked, tasks, len(readable)))
         if overlays:
-            _draw(folder, stacked.labels, readable)
+            _draw(folder, stacked.labels, list(readable))
     clear(output)
     print(_table(stacked.labels, volumes))
     labels = json.dumps({label: label for label in stacked.labels})
@@ -119,35 +120,37 @@ def _by_name(scans: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]
     return cases
 
 
-def _segment(segmenter: Segmenter, network: Any, cases: Mapping[str, Mapping[str, Any]], folder: Path) -> list[str]:
-    """Write the label map of each case that can be read, unless it is there; returns these cases.
+def _segment(
+    segmenter: Segmenter, network: Any, cases: Mapping[str, Mapping[str, Any]], folder: Path
+) -> dict[str, Path]:
+    """Write the label map of each case that can be read, unless it is there; returns their files.
 
     Raises:
         UserError: none can be read.
     """
-    readable = []
+    readable = {}
     for name, case in tqdm(cases.items(), desc="scans", disable=None, leave=False):
-        path = folder / f"{name}{ENDING}"
-        if not made(path, case["image"]):
+        path = kept_file(folder, name, ENDING, case["image"])
+        if not path.is_file():
             try:
                 loaded = segmenter.load(case["image"])
             except UserError as error:
                 tqdm.write(f"{error}; it is left out")
                 continue
             write_label_map(path, *segmenter(loaded, network))
-        readable.append(name)
+        readable[name] = path
     if not readable:
         raise UserError("none of the images can be read")
     return readable
 
 
-def _volumes(folder: Path, cases: Sequence[str], labels: int) -> np.ndarray:
+def _volumes(label_maps: Iterable[Path], labels: int) -> np.ndarray:
     """Millilitres by label and case, (labels, cases)."""
     import nibabel
 
     found = []
-    for name in cases:
-        label_map = nibabel.load(folder / f"{name}{ENDING}")
+    for path in label_maps:
+        label_map = nibabel.load(path)
         counts = np.bincount(np.asarray(label_map.dataobj).ravel(), minlength=1 + labels)[1:]
         found.append(counts * abs(np.linalg.det(label_map.affine[:3, :3])) / 1000)
     return np.array(found).T
@@ -213,9 +216,9 @@ def _draw(folder: Path, labels: Sequence[str], cases: Sequence[str]) -> None:
 
 def _table(labels: Sequence[str], volumes: np.ndarray) -> str:
     """In how many scans each label was found, and how large it is there."""
-    lines = ["| label | found in | median volume there, ml |", "|---|---|---|"]
+    rows = []
     for label, found in zip(labels, volumes, strict=True):
         there = found[found > 0]
         median = f"{np.median(there):.1f}" if len(there) else ""
-        lines.append(f"| {label} | {len(there)} of {len(found)} | {median} |")
-    return "\n".join(lines)
+        rows.append([label, f"{len(there)} of {len(found)}", median])
+    return table(["label", "found in", "median volume there, ml"], rows)

@@ -14,6 +14,8 @@ import numpy as np
 
 from tools.errors import UserError, naming
 
+OFF_GRID = 0.1  # of a voxel: files that were written by other programs differ by rounding
+
 
 @dataclass(frozen=True)
 class Score:
@@ -68,15 +70,11 @@ def score_label_map(
         UserError: the reference cannot be read, or the two are not on the same grid.
     """
     import nibabel
-    from monai.transforms import LoadImage
 
     image = nibabel.load(label_map)
-    with naming(reference):
-        truth = LoadImage(ensure_channel_first=True)(reference)
     prediction, affine = np.asarray(image.dataobj), image.affine
-    if truth.shape[1:] != prediction.shape or not np.allclose(truth.affine, affine, atol=1e-3):
-        raise UserError(f"case {case}: {reference} is not on the grid of its image")
-    truth = np.asarray(truth[0]).round().astype(np.int32)
+    truth, grid = load_reference(reference)
+    check_grid(f"case {case}: {reference}", (truth.shape, grid), (prediction.shape, affine))
     counted = truth != ignored if ignored is not None else True
     spacing = nibabel.affines.voxel_sizes(affine)
     millilitres = abs(np.linalg.det(affine[:3, :3])) / 1000
@@ -86,10 +84,58 @@ def score_label_map(
             continue
         predicted, organ = (prediction == channel) & counted, np.isin(truth, values)
         nsd, hd95 = (math.nan,) * 2 if tolerance is None else surface_scores(predicted, organ, spacing, tolerance)
-        measured = [round(value, 6) for value in (dice(predicted, organ), nsd, hd95)]
-        volumes = [round(float(np.count_nonzero(mask) * millilitres), 4) for mask in (organ, predicted)]
-        scores.append(Score(bundle, case, label, *measured, *volumes))
+        volumes = [float(np.count_nonzero(mask) * millilitres) for mask in (organ, predicted)]
+        scores.append(rounded_score(bundle, case, label, dice(predicted, organ), nsd, hd95, *volumes))
     return scores
+
+
+def rounded_score(bundle: str, case: str, label: str, *values: float) -> Score:
+    """A score of so many digits as say something; a volume, however small, is not 0 by it."""
+    *measured, reference, predicted = values
+    volumes = [float(f"{volume:.6g}") for volume in (reference, predicted)]
+    return Score(bundle, case, label, *(round(value, 6) for value in measured), *volumes)
+
+
+def load_reference(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """A label map of a dataset, as integers ``(X, Y, Z)``, and its affine.
+
+    Raises:
+        UserError: it cannot be read, or has several volumes.
+    """
+    from monai.transforms import LoadImage
+
+    with naming(path):
+        image = LoadImage(ensure_channel_first=True)(path)
+    if len(image) != 1:
+        raise UserError(f"{path} has {len(image)} volumes, a label map has one: numbers, not a channel for each label")
+    return np.asarray(image[0]).round().astype(np.int32), np.asarray(image.affine, dtype=float)
+
+
+def check_grid(name: str, grid: tuple[Sequence[int], np.ndarray], image_grid: tuple[Sequence[int], np.ndarray]) -> None:
+    """Refuse a label map that does not lie on its image's voxels.
+
+    Args:
+        name: of the label map, for the message.
+        grid: its shape, and its affine from voxels to mm.
+        image_grid: the same of the image.
+
+    Raises:
+        UserError: names it, and says how far it is off.
+    """
+    from nibabel.affines import apply_affine, voxel_sizes
+
+    (shape, affine), (image_shape, image_affine) = grid, image_grid
+    if tuple(shape) != tuple(image_shape):
+        sizes = [" × ".join(map(str, size)) for size in (shape, image_shape)]
+        raise UserError(f"{name} is not on the grid of its image: {sizes[0]} voxels instead of {sizes[1]}")
+    corners = np.array([*np.ndindex(2, 2, 2)]) * (np.array(shape) - 1)
+    apart = apply_affine(affine, corners) - apply_affine(image_affine, corners)
+    off = np.linalg.norm(apart, axis=1).max() / voxel_sizes(image_affine).min()
+    if not off <= OFF_GRID:
+        raise UserError(
+            f"{name} is not on the grid of its image: the same voxel lies up to {off:.2g} voxels elsewhere; resample it to the "
+            "image, or copy the image's affine to it if only that is wrong"
+        )
 
 
 def dice(predicted: np.ndarray, truth: np.ndarray) -> float:

@@ -142,8 +142,7 @@ def fisher_information(
         parameter.requires_grad_(True)
     for patch in tqdm(patches, desc="Fisher information", disable=None, leave=False):
         with autocast(device, precision):
-            output = full_size(network(patch[None].to(device)))
-        output = (output[0] if isinstance(output, list | tuple) else output).float()
+            output = full_size(network(patch[None].to(device))).float()
         margins = output[:, 1:] - output[:, :1]
         labels = torch.bernoulli(margins.detach().sigmoid())
         loss = torch.nn.functional.binary_cross_entropy_with_logits(margins, labels, reduction="sum")

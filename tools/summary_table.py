@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from tools.markdown import table
 from tools.summary import LEARNED, LEAST_CASES, BundleSummary, Estimate, Summary
 
+SPECIALISTS = "specialists"  # the row of several reference bundles
 SIGNIFICANT = 0.05
 DIGITS = {"dice": 3, "nsd": 3, "hd95_mm": 1, "false_positive_ml": 1}
 
@@ -46,7 +48,7 @@ def _rows(summary: Summary) -> dict[str, BundleSummary]:
     if len(references) < 2:
         return {name: summary.bundles[name] for name in references} | others
     joined = BundleSummary({label: summary.bundles[name].labels[label] for label, name in summary.against.items()})
-    return {"specialists": joined} | others
+    return {SPECIALISTS: joined} | others
 
 
 def _table(
@@ -55,7 +57,7 @@ def _table(
     shares = summary.normalized_accuracy if metric == "dice" else {}
     stars = {(t["bundle"], t["label"]) for t in summary.paired if metric == "dice" and t["p_holm"] < SIGNIFICANT}
     digits, columns = DIGITS[metric], [*labels, "mean", *(["worst"] if shares else [])]
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines = []
     for name, bundle in rows.items():
         share = shares.get(name, {"labels": {}})
         measured = {label: bundle.labels[label][metric] for label in labels if label in bundle.labels}
@@ -72,8 +74,8 @@ def _table(
         if shares:
             cells.append(f"{share['worst']:.2f}" if "worst" in share else "")
         note = f" ({notes[name]})" if notes.get(name) else ""
-        lines.append(f"| {name}{note} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([f"{name}{note}", *cells])
+    return table(["", *columns], lines) + "\n"
 
 
 def _without_interval(mean: float) -> Estimate:
@@ -130,13 +132,13 @@ def _tests(summary: Summary) -> list[str]:
     what = f"{len(tests)} Wilcoxon signed-rank test(s) on at most {most} cases"
     if least >= SIGNIFICANT:
         return [f"No difference can be significant: {what} cannot get below p = {least:.2g} after Holm's correction.\n"]
-    lines = ["| | against | label | cases | difference in Dice | p | p, Holm |", "|---" * 7 + "|"]
-    for test in tests:
-        lines.append(
-            f"| {test['bundle']} | {test['against']} | {test['label']} | {test['cases']} | {_difference(test)} | "
-            f"{test['p']:.2g} | {test['p_holm']:.2g} |"
-        )
-    return [f"*: p < {SIGNIFICANT} after Holm's correction for {what}:\n", "\n".join(lines) + "\n"]
+    rows = [
+        [*(test[column] for column in ("bundle", "against", "label", "cases")), _difference(test)]
+        + [f"{test[p]:.2g}" for p in ("p", "p_holm")]
+        for test in tests
+    ]
+    text = table(["", "against", "label", "cases", "difference in Dice", "p", "p, Holm"], rows)
+    return [f"*: p < {SIGNIFICANT} after Holm's correction for {what}:\n", f"{text}\n"]
 
 
 def _difference(test: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,21 @@ def unfinished(output: str | Path, name: str, facts: Sequence[Any]) -> Path:
         name: the folder's begins with it.
         facts: whatever decides what is done, as plain values.
     """
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    return _partial(output) / f"{name}_{key[:16]}"
+    return _partial(output) / f"{name}_{_key(facts)}"
 
 
-def made(path: Path, sources: Any) -> bool:
-    """Whether a file is there and was made after the image, images, or image and label that it is made from."""
-    if isinstance(sources, Mapping):
-        return all(made(path, source) for source in sources.values())
-    files = [sources] if isinstance(sources, str) else sources
-    return path.is_file() and path.stat().st_mtime >= max(Path(file).stat().st_mtime for file in files)
+def kept_file(folder: Path, case: str, ending: str, *sources: str | Sequence[str]) -> Path:
+    """Where something of a case is kept: another file for other sources, or for ones that were written anew.
+
+    Args:
+        folder: of ``unfinished``.
+        case: the file's name begins with it.
+        ending: with its dot.
+        sources: the path, or paths, of the image, and of whatever else it is made of.
+    """
+    files = [Path(file) for source in sources for file in ([source] if isinstance(source, str) else source)]
+    facts = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return folder / f"{case}_{_key(facts)}{ending}"
 
 
 def clear(output: str | Path) -> None:
@@ -38,6 +43,10 @@ def clear(output: str | Path) -> None:
         shutil.rmtree(folder)
     with suppress(OSError):  # it holds something else
         partial.rmdir()
+
+
+def _key(facts: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _partial(output: str | Path) -> Path:

@@ -30,6 +30,7 @@ import torch
 
 from tools.bundle import Bundle, read_json
 from tools.instantiate import set_values
+from tools.markdown import table
 from tools.network import instantiate
 from tools.scores import read_scores
 
@@ -191,18 +192,16 @@ def report(folder: Path, seeds: int, seconds: dict[str, float]) -> None:
             labels = dice.setdefault(score.bundle.rpartition("_")[0], {})
             labels.setdefault(score.label, [[] for _ in range(seeds)])[seed].append(score.dice)
     names = list(next(iter(dice.values())))
-    lines = [f"| starting point | {' | '.join(names)} | mean | each seed |", f"|{'---|' * (len(names) + 3)}"]
+    rows = []
     for start, labels in dice.items():
         means = {name: [statistics.mean(cases) for cases in labels[name]] for name in names}
         whole = [statistics.mean(means[name][seed] for name in names) for seed in range(seeds)]
         spread = f" ± {statistics.stdev(whole):.3f}" if seeds > 1 else ""
         columns = [f"{statistics.mean(means[name]):.3f}" for name in names]
-        lines.append(
-            f"| {start} | {' | '.join(columns)} | {statistics.mean(whole):.3f}{spread} | "
-            f"{', '.join(f'{value:.3f}' for value in whole)} |"
-        )
-    lines += ["", "seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())]
-    text = "\n".join(lines) + "\n"
+        columns += [f"{statistics.mean(whole):.3f}{spread}", ", ".join(f"{value:.3f}" for value in whole)]
+        rows.append([start, *columns])
+    text = table(["starting point", *names, "mean", "each seed"], rows)
+    text += "\n\nseconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()) + "\n"
     (folder / "results.md").write_text(text)
     print(text, flush=True)
 

@@ -21,12 +21,12 @@ import fire
 from tests.benchmarks.label_efficiency import modality_overlay, random_weights
 from tests.benchmarks.study_results import FLATNESS, TASK, Results, Size, draw, draw_tasks
 from tools.bundle import read_json
-from tools.compare import NEW_HEADS, SPECIALISTS
-from tools.demo import Cohorts, Steps, real_cohorts, slug, tools, train
+from tools.compare import NEW_HEADS
+from tools.demo import Cohorts, Steps, choose_tasks, real_cohorts, slug, tools, train
 from tools.errors import UserError, nearest
 from tools.instantiate import set_values
-from tools.labels import parse_channels
 from tools.merge import split_paths
+from tools.summary_table import SPECIALISTS
 
 ROOT = Path(__file__).parents[2]
 TASKS = {
@@ -45,6 +45,8 @@ TASKS = {
         "aorta": "aorta",
     },
 }
+TAKEN = ("joint_training", "student", "pseudo_labels", "distilled", "emr_modulated", "tall_modulated", "compare")
+TAKEN += ("flatness", "linear", "images", "logs")  # folders beside those of the tasks
 PATCHES_PER_VOLUME = 8
 UNLABELLED_SCANS = 4  # that statistics and coefficients are taken from
 
@@ -125,7 +127,7 @@ def study(
             ema (in pre-training), budget (short task vectors), orthogonal (to those of the tasks before), tangent (linearised);
             with eight times the steps stable_long, sharp_long, sam_long.
         seeds: how many; each has its own split, pre-training and fine-tuning.
-        tasks: dictionary of task names and labels; default: those of the study, or every label of another dataset.
+        tasks: labels, or a dictionary of task names and labels; default: those of the study, or every label of another dataset.
         unseen: pre-train on the labels that belong to no task, so that all tasks are new to the starting point.
         width: of the residual U-Net.
         patch_size: edge, voxels.
@@ -142,8 +144,12 @@ def study(
     for name in chosen:
         if name not in STARTS:
             raise UserError(f"no starting point {name!r}{nearest(name, STARTS)}; there are {', '.join(STARTS)}")
-    wanted = {path: _tasks(tasks, path) for path in map(Path, split_paths(dataset_dir))}
+    datasets = [Path(path) for path in split_paths(dataset_dir)]
+    if len({path.resolve().name for path in datasets}) < len(datasets):
+        raise UserError("two datasets of one name would be taken for one: rename a folder")
+    wanted = {path: choose_tasks(tasks, path, TASKS.get(path.name), TAKEN) for path in datasets}
     results = Results(folder / "results.json", size)
+    results.begin({path.name: labels for path, labels in wanted.items()})
     for seed in range(seeds):
         for dataset, labels in wanted.items():
             for name in chosen:
@@ -264,7 +270,7 @@ def _starting_point(
         set_values(bundle, {"width": size.width})
     if not start.learns:
         done = steps.logs / "pretrain.done"
-        if not done.is_file():
+        if not done.is_file() or not (bundle / "models" / "model.pt").is_file():
             random_weights(bundle, seed)
             done.touch()
         return bundle
@@ -287,15 +293,6 @@ def _epochs(steps: int, cases: int, batch: int) -> dict[str, int]:
     return {"max_epochs": epochs, "val_interval": epochs, "patches_per_volume": PATCHES_PER_VOLUME}
 
 
-def _tasks(tasks: object, dataset: Path) -> dict[str, list]:
-    """Each task's labels."""
-    from tools.bundle_code.nnunet_data import read_labels
-    from tools.labels import resolve
-
-    chosen = parse_channels(tasks) or TASKS.get(dataset.name) or {name: name for name in read_labels(dataset)}
-    return resolve(dataset, chosen)
-
-
 def _other_labels(dataset: Path, wanted: Mapping[str, list]) -> dict[str, list]:
     """The dataset's labels that belong to no task."""
     from tools.bundle_code.nnunet_data import label_values, read_labels
@@ -309,10 +306,15 @@ def _other_labels(dataset: Path, wanted: Mapping[str, list]) -> dict[str, list]:
 
 def _images(dataset: Path, cases: Sequence[str], folder: Path) -> Path:
     """A folder of links to some cases' images."""
+    from monai.utils import ensure_tuple
+
+    from tools.bundle_code.nnunet_data import all_cases
+
     folder.mkdir(parents=True, exist_ok=True)
-    for image in (dataset / "imagesTr").iterdir():
-        if image.name.split(".")[0].rpartition("_")[0] in cases and not (folder / image.name).is_symlink():
-            (folder / image.name).symlink_to(image)
+    known = all_cases(dataset)
+    for image in (Path(file) for name in cases for file in ensure_tuple(known[name]["image"])):
+        if not (folder / image.name).is_symlink():
+            (folder / image.name).symlink_to(image.resolve())
     return folder
 
 

@@ -15,9 +15,11 @@ import fire
 import numpy as np
 
 from tools.bundle import read_json
-from tools.compare import KNOWN, SPECIALISTS
+from tools.compare import KNOWN
 from tools.errors import UserError
+from tools.markdown import table
 from tools.output import complete_output
+from tools.summary_table import SPECIALISTS
 
 FLATNESS = "starting point: "  # rows of another kind begin with this
 TASK = "task: "  # and those of one task: its specialist's Dice, what new heads alone keep of it, what the average keeps
@@ -52,6 +54,7 @@ class Results:
     def __init__(self, path: Path, size: Size) -> None:
         self.path = path
         self.size = asdict(size)
+        self.tasks: dict[str, Mapping[str, list]] = {}
         self.runs: dict[str, dict[str, dict[str, dict[str, list[float]]]]] = {}
         self._read()
 
@@ -67,7 +70,24 @@ class Results:
                 raise UserError(
                     f"{self.path} has results of another size, {found.get('size')}; choose another --output"
                 )
-            self.runs = found["runs"]
+            self.tasks, self.runs = found.get("tasks", {}), found["runs"]
+
+    def begin(self, tasks: Mapping[str, Mapping[str, list]]) -> None:
+        """Write down what is going to be run, so that an interrupted study goes on only as it was begun.
+
+        Args:
+            tasks: of each dataset, with their labels.
+
+        Raises:
+            UserError: the file has results of other tasks.
+        """
+        self._read()
+        for dataset, wanted in tasks.items():
+            if (begun := self.tasks.setdefault(dataset, wanted)) != wanted:
+                raise UserError(
+                    f"{self.path} has results of other tasks of {dataset}, {begun}; choose another --output"
+                )
+        self._write()
 
     def of(self, dataset: str, start: str) -> dict[int, dict[str, list[float]]]:
         """By seed, for each row of the table its mean Dice and normalized accuracy, or one figure of another kind."""
@@ -77,8 +97,11 @@ class Results:
         """Take in a run, and write the file anew with what others have added to it."""
         self._read()
         self.runs.setdefault(dataset, {}).setdefault(start, {})[str(seed)] = {k: list(v) for k, v in rows.items()}
+        self._write()
+
+    def _write(self) -> None:
         with complete_output(self.path, overwrite=True) as path:
-            path.write_text(json.dumps({"size": self.size, "runs": self.runs}, indent=1))
+            path.write_text(json.dumps({"size": self.size, "tasks": self.tasks, "runs": self.runs}, indent=1))
 
     def table(self, order: Collection[str] = ()) -> str:
         """For each dataset, mean Dice by merge method and starting point, and how flat the starting points are.
@@ -98,12 +121,12 @@ class Results:
     def table_of(self, dataset: str, order: Collection[str] = ()) -> str:
         """The table of one dataset."""
         seeds = self.by_start(dataset, order)
-        lines = ["| | " + " | ".join(f"{start} (seeds: {len(runs)})" for start, runs in seeds.items()) + " |"]
-        lines += ["|---" * (1 + len(seeds)) + "|"]
-        for title in sorted(_titles(seeds, without=TASK), key=lambda title: title.startswith(FLATNESS)):
-            cells = [[rows[title] for rows in runs if title in rows] for runs in seeds.values()]
-            lines.append(f"| {title} | " + " | ".join(map(_cell, cells)) + " |")
-        return "\n".join(lines)
+        titles = sorted(_titles(seeds, without=TASK), key=lambda title: title.startswith(FLATNESS))
+        rows = [
+            [title, *(_cell([rows[title] for rows in runs if title in rows]) for runs in seeds.values())]
+            for title in titles
+        ]
+        return table(["", *(f"{start} (seeds: {len(runs)})" for start, runs in seeds.items())], rows)
 
     def by_start(self, dataset: str, order: Collection[str]) -> dict[str, list[dict[str, list[float]]]]:
         """The runs of each starting point."""

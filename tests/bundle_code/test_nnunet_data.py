@@ -76,6 +76,10 @@ def test_split_is_written_once_and_then_followed(tmp_path):
     split.write_text(json.dumps([{"train": ["gone"], "val": []}]))
     with pytest.raises(ValueError, match=r"names cases that .* does not have: gone"):
         nnunet_data.split_cases(folder, "train", split)
+    for text, why in (('{"train": ["case3"]}', r"json is no split: it must be a list"), ("[", r"json is no JSON")):
+        split.write_text(text)
+        with pytest.raises(ValueError, match=why):
+            nnunet_data.split_cases(folder, "train", split)
 
 
 def test_the_datasets_own_split_is_used(tmp_path):

@@ -29,7 +29,7 @@ class Evaluation:
         merge: the merge's name in them.
         start: the starting point's, empty if it was not evaluated.
         specialists: the bundle that each label is compared with.
-        others: the remaining bundles.
+        others: the remaining bundles, by the title of their column: their name, where that is not what another one is called.
     """
 
     folder: Path
@@ -41,7 +41,7 @@ class Evaluation:
     merge: str
     start: str
     specialists: Mapping[str, str]
-    others: list[str]
+    others: Mapping[str, str]
 
     @classmethod
     def read(cls, folder: str | Path, pretrained: str, subject: Bundle) -> Evaluation:
@@ -71,8 +71,8 @@ class Evaluation:
         )
         for name, found in calibrated.items():  # one more metric
             bundles[name]["mean"]["ece"] = found["mean"]
-            for label, error in found["ece"].items():
-                bundles[name]["labels"][label]["ece"] = error
+            for label, entry in bundles[name]["labels"].items():
+                entry["ece"] = found["ece"].get(label)
         against = summary.get("against") or []
         against = [name for name in ([against] if isinstance(against, str) else against) if name in bundles]
         specialists = {}
@@ -80,7 +80,8 @@ class Evaluation:
             specialists |= dict.fromkeys(bundles[name]["labels"], name)
         specialists = {label: specialists[label] for label in bundles[merge]["labels"] if label in specialists}
         start = pretrained if pretrained in bundles and pretrained not in (merge, *specialists.values()) else ""
-        others = [name for name in bundles if name not in (merge, start, *against)]
+        remaining = [name for name in bundles if name not in (merge, start, *against)]
+        others = {f"{name} (bundle)" if name in (MERGE, START, SPECIALISTS) else name: name for name in remaining}
         where = f"{facts.get('dataset', 'a dataset without a name')}, {facts.get('part', '')}"
         conflicts = calibrated.get(merge, {}).get("conflicts", [])
         return cls(
@@ -103,7 +104,8 @@ class Evaluation:
 
     def bundle_of(self, column: str, label: str) -> str:
         """The bundle that stands in a column for a label; empty if none does."""
-        return {MERGE: self.merge, START: self.start, SPECIALISTS: self.specialists.get(label, "")}.get(column, column)
+        roles = {MERGE: self.merge, START: self.start, SPECIALISTS: self.specialists.get(label, "")}
+        return roles[column] if column in roles else self.others[column]
 
     def value(self, column: str, label: str, metric: str) -> dict[str, Any] | None:
         """Mean, interval and number of cases of a label; None if it was not measured."""

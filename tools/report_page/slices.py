@@ -49,21 +49,24 @@ def slices_section(
         UserError: none of the cases is in the datasets, or a label map is not on its image's grid.
     """
     dice = _dice_by_case(evaluation)
-    files = _files(datasets, dice)
+    files = _files(datasets, dice, ("Ts", "all") if evaluation.where.endswith("(Ts)") else ("all", "Ts"))
     if not files:
         raise UserError(
             f"{', '.join(datasets)}: no case of {evaluation.folder} is there, so there are no images to show"
         )
-    ranked = sorted(files, key=lambda case: _mean(dice[case].get(MERGE, {})))
-    ranks = np.unique(np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int))
+    means = {case: np.mean([*dice[case][MERGE].values()]) for case in files if dice[case].get(MERGE)}
+    ranked = sorted(means, key=means.__getitem__) or sorted(files)  # the others have none of the organs
+    ranks = np.unique(np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int)).tolist()
     names = evaluation.columns()
     columns = [REFERENCE, *sorted(names, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))]
     # labels are as far apart as can be, because some browsers change the gray values a little that a page reads from a picture
     stride = 255 // max(len(bundle.labels), 1)
     grays = [stride * number for number in range(1 + len(bundle.labels))]
-    cases: list[dict[str, Any]] = []
+    cases: dict[int, dict[str, Any]] = {}
     size = 0
-    for name in tqdm([ranked[i] for i in ranks], desc="slices", disable=None, leave=False):
+    ends_first = sorted(ranks, key=lambda rank: rank not in (ranks[0], ranks[-1]))
+    for rank in tqdm(ends_first, desc="slices", disable=None, leave=False):
+        name = ranked[rank]
         dataset, paths = files[name]
         layers = [_reference(bundle, dataset, paths, renamed)]
         layers += [_segmented(bundle, evaluation, column, name) for column in columns[1:]]
@@ -71,20 +74,20 @@ def slices_section(
         size += len(case["image"]) + sum(map(len, case["maps"]))
         if size > BUDGET and cases:
             break
-        cases.append(case)
+        cases[rank] = case
     data = {
         "labels": bundle.labels,
         "colours": organ_colours(len(bundle.labels)),
         "stride": stride,
         "columns": columns,
-        "cases": cases,
+        "cases": [cases[rank] for rank in sorted(cases)],
     }
     facts = {
         "data": data,
         "total": len(dice),
         "shown": (REFERENCE, SPECIALISTS, MERGE) if SPECIALISTS in columns else (REFERENCE, MERGE),
         "edge": EDGE,
-        "thinned": any(max(case["steps"]) > 1 for case in cases),
+        "thinned": any(max(case["steps"]) > 1 for case in cases.values()),
     }
     return Section("slices", "Slices", facts)
 
@@ -100,22 +103,20 @@ def _dice_by_case(evaluation: Evaluation) -> dict[str, dict[str, dict[str, float
     return found
 
 
-def _mean(dice: Mapping[str, float]) -> float:
-    return float(np.mean([*dice.values()])) if dice else 0.0
-
-
-def _files(datasets: Sequence[str], names: Mapping[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
-    """For each case that a dataset has: the dataset, and the paths of image and reference."""
+def _files(
+    datasets: Sequence[str], names: Mapping[str, Any], parts: Sequence[str]
+) -> dict[str, tuple[str, dict[str, Any]]]:
+    """For each case that a dataset has in one of these parts: the dataset, and the paths of image and reference."""
     found: dict[str, tuple[str, dict[str, Any]]] = {}
     for dataset in datasets:
-        parts = []
-        for name in ("all", "Ts"):  # of which a dataset may have only one
+        cases = []
+        for part in parts:  # of which a dataset may have only one
             with suppress(UserError):
-                parts.append(find_cases(dataset, name, "", 0))
-        if not parts:
+                cases.append(find_cases(dataset, part, "", 0))
+        if not cases:
             raise UserError(f"{dataset} has no labelled case, neither in labelsTr nor in labelsTs")
-        for part in parts:
-            found |= {name: (dataset, paths) for name, paths in part.items() if name in names and name not in found}
+        for named in cases:
+            found |= {name: (dataset, paths) for name, paths in named.items() if name in names and name not in found}
     return found
 
 

@@ -182,12 +182,12 @@ def split_cases(
         seed: of the split that is made when none exists.
 
     Raises:
-        ValueError: the split has no such fold or part, or names cases that are not in the dataset.
+        ValueError: the file is no split, has no such fold or part, or names cases that are not in the dataset.
     """
     cases = all_cases(dataset_dir)
     existing = [Path(p) for p in (split_file, Path(dataset_dir) / "splits_final.json") if p and Path(p).is_file()]
     if existing:
-        folds = json.loads(existing[0].read_text())
+        folds = _read_folds(existing[0])
     else:
         folds = make_folds(list(cases), seed)
         if split_file:
@@ -202,6 +202,16 @@ def split_cases(
     if unknown:
         raise ValueError(f"{where} names cases that {dataset_dir} does not have: {', '.join(unknown[:5])}")
     return [cases[name] for name in folds[fold][part]]
+
+
+def _read_folds(path: Path) -> list[dict[str, list[str]]]:
+    try:
+        folds = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error})") from None
+    if not isinstance(folds, list) or not all(isinstance(fold, dict) for fold in folds):
+        raise ValueError(f'{path} is no split: it must be a list of {{"train": [cases], "val": [cases]}}, one for each fold')
+    return folds
 
 
 def make_folds(names: Sequence[str], seed: int, count: int = 5) -> list[dict[str, list[str]]]:
