@@ -112,10 +112,10 @@ def plane(tmp_path_factory):
     return make_plane(tmp_path_factory.mktemp("plane"))
 
 
-def compared(plane, output, *more, specialists="bright,dark"):
+def compared(plane, output, *more, specialists="bright,dark", data="Dataset001_Quarters", methods="average"):
     words = ["--pretrained", plane / "start", "--vectors", f"{plane}/bright.safetensors,{plane}/dark.safetensors"]
     words += ["--specialists", ",".join(str(plane / name) for name in specialists.split(",")), "--output", output]
-    words += ["--dataset_dir", plane / "Dataset001_Quarters", "--methods", "average", *more]
+    words += ["--dataset_dir", plane / data, "--methods", methods, *more]
     return here("tools", "compare", *words)
 
 
@@ -142,8 +142,8 @@ def test_lambda_is_not_chosen_on_test_cases_nor_one_label_measured_by_two(plane,
     assert not (tmp_path / "out").exists()
     shutil.copytree(plane / "Dataset001_Quarters", tmp_path / "empty")
     relabel(tmp_path / "empty", range(6), np.zeros_like)
-    words = ["--split_file", plane / "split.json", "--dataset_dir", tmp_path / "empty", "--methods", "task_arithmetic"]
-    result = compared(plane, tmp_path / "none", *words)
+    empty = {"data": tmp_path / "empty", "methods": "task_arithmetic"}
+    result = compared(plane, tmp_path / "none", "--split_file", plane / "split.json", **empty)
     assert result.returncode == 1 and "has an organ of a task, so none can choose λ" in result.stderr
     (tmp_path / "file").write_text("")
     result = compared(plane, tmp_path / "file", "--split_file", plane / "split.json")

@@ -70,7 +70,7 @@ def test_simulated_patients_of_one_hospital_pretrain_and_the_others_fine_tune_an
 
 
 def test_tasks_are_labels_or_a_dictionary_and_have_folders_of_their_own(tmp_path):
-    labels = {"background": 0, "left kidney": 1, "left-kidney": 2, "liver": 3}
+    labels = {"background": 0, "left kidney": 1, "left.kidney": 2, "liver": 3}
     (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels}))
     usual = {"both": ["left kidney", "liver"], "other": 2}
     assert list(choose_tasks(None, tmp_path, usual, ())) == ["both", "other"]
@@ -78,7 +78,7 @@ def test_tasks_are_labels_or_a_dictionary_and_have_folders_of_their_own(tmp_path
         "liver": ["liver"],
         "left kidney": ["left kidney"],
     }
-    assert choose_tasks("{a: 3, b: 2}", tmp_path, None, ()) == {"a": ["liver"], "b": ["left-kidney"]}
+    assert choose_tasks("{a: 3, b: 2}", tmp_path, None, ()) == {"a": ["liver"], "b": ["left.kidney"]}
     for tasks, taken in ((None, ()), ("liver,left kidney", ("liver",))):
         with pytest.raises(UserError, match=r"folder name of task .* is taken"):
             choose_tasks(tasks, tmp_path, None, taken)

@@ -1,6 +1,7 @@
 """Coefficients learned from unlabelled scans: they bring the merge nearer to its specialists, and end in an ordinary recipe."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -176,6 +177,26 @@ def test_labels_train_the_coefficients_that_find_the_organs(plane, tmp_path):
     assert 0.3 < bright < 0.6 < dark < 1.2 and "overrides" not in recipe
     found, left = (float(word) for word in re.findall(r"([\d.]+)% as", result.stdout))
     assert left > 1.5 * found  # the dark organ too
+
+
+def test_a_dataset_that_calls_its_labels_otherwise_can_be_learned_from(plane, tmp_path):
+    shutil.copytree(plane, tmp_path / "p")
+    description = tmp_path / "p/Dataset001_Quarters/dataset.json"
+    description.write_text(description.read_text().replace('"bright"', '"hell"'))
+    words = ("--objective", "labels", "--coefficients", "task")
+    assert "map it by --labels" in learned(tmp_path / "p", tmp_path / "m", *words).stderr
+    result = learned(tmp_path / "p", tmp_path / "m", *words, "--labels", "{bright: hell}")
+    assert result.returncode == 0, result.stderr
+
+
+def test_an_output_that_could_not_be_written_is_refused_before_anything_is_learned(plane, tmp_path, monkeypatch):
+    monkeypatch.setattr("tools.distil.learn", lambda *_, **__: pytest.fail("it learned"))
+    (tmp_path / "documents").mkdir()
+    (tmp_path / "documents/letter.txt").touch()
+    result = learned(plane, tmp_path / "documents", "--overwrite")
+    assert result.returncode == 1 and "so not an older output" in result.stderr
+    result = learned(plane, plane / "start", "--overwrite")
+    assert result.returncode == 1 and "is what is merged" in result.stderr
 
 
 def test_entropy_is_that_of_each_tasks_softmax(plane, tmp_path):

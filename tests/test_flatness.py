@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from tests.conftest import ROOT, here
+from tools.bundle import Bundle
 from tools.bundle_code.residual_unet import ResidualUNet3D
+from tools.flatness import loss_definition
 from tools.instantiate import copy_template, set_labels
 
 QUICK = {"--scans": 2, "--patches": 1, "--patch_size": 8, "--points": 3, "--noise": "0.01,0.1", "--seeds": 2}
@@ -85,6 +87,19 @@ def test_everything_is_written_and_comes_out_the_same_again(bundles, dataset, tm
         "flatness.json", "flatness.md", "flatness.png", "line.png", "plane.png",
     ]  # fmt: skip
     assert "| | start | again |" in (tmp_path / "first" / "flatness.md").read_text()
+
+
+def test_the_loss_of_every_template_is_plain_and_can_be_made():
+    """STU-Net's is one inside another."""
+    from monai.bundle import ConfigParser
+
+    for template in ("pretrain_amos", "pretrain_stunet", "taskvector_template"):
+        bundle = Bundle(ROOT / "bundles" / template)
+        definition = json.loads(json.dumps(loss_definition(bundle)))
+        with bundle.code():
+            loss = ConfigParser({"loss": definition}).get_parsed_content("loss")
+            labels = torch.ones(1, 1, 4, 4, 4)
+            assert 0 < loss(torch.zeros(1, 3, 4, 4, 4), labels).item() < 10
 
 
 def test_a_line_between_two_tasks_keeps_both_heads(bundles, dataset, tmp_path):

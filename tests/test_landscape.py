@@ -89,6 +89,23 @@ def test_the_hessian_of_a_network_whose_fast_normalisation_has_no_second_derivat
     assert "forward" not in vars(ours[1])
 
 
+def test_variances_stay_positive_and_the_first_of_several_outputs_counts():
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.BatchNorm3d(1)
+
+        def forward(self, x):
+            return [self.norm(x), torch.full_like(x, torch.nan)]  # as with deep supervision
+
+    network, images = Network().eval(), torch.randn(2, 1, 3, 3, 3)
+    state = {name: tensor for name, tensor in network.state_dict().items() if tensor.is_floating_point()}
+    surface = Surface(network, lambda output, _: output.square().mean(), [(images, images)], list(state))
+    beyond = state | {"norm.running_var": torch.tensor([-0.3])}  # where a plane extrapolates
+    assert np.isfinite(surface.values([state, beyond])).all()
+    assert network.norm.running_var.item() == 1
+
+
 def test_a_hessian_that_is_not_finite_is_said(surface):
     with torch.no_grad():
         surface.network.kernel[0, 0] = float("inf")

@@ -126,3 +126,23 @@ def test_what_cannot_be_linearised_is_refused(chain, linear, tmp_path):
     write_json(tmp_path / "b/configs/inference.json", config)
     result = here("tools", "linearize", "--bundle", tmp_path / "b", "--output", tmp_path / "c")
     assert result.returncode == 1 and "running statistics" in result.stderr and not (tmp_path / "c").exists()
+
+
+def test_how_flat_it_is_can_be_measured(chain, linear, tmp_path):
+    """The Hessian needs second derivatives of forward derivatives."""
+    words = [
+        "--bundle",
+        linear / "start",
+        "--dataset_dir",
+        chain.dataset,
+        "--part",
+        "all",
+        "--scans",
+        1,
+        "--patches",
+        1,
+    ]
+    words += ["--patch_size", 16, "--noise", 0.1, "--seeds", 1, "--output", tmp_path / "flatness"]
+    run("tools", "flatness", *words)
+    measured = read_json(tmp_path / "flatness/flatness.json")["bundles"]["start"]
+    assert measured["hessian_top"] > 0

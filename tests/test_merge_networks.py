@@ -247,7 +247,7 @@ def test_shared_tensors_are_merged_once_and_stay_shared(chain, tmp_path):
 
 
 @pytest.mark.parametrize("chain", ["UNet"], indirect=True)
-def test_recalibrated_statistics_are_those_of_the_activations(chain, tmp_path):
+def test_recalibrated_statistics_are_those_of_the_activations(chain, tmp_path, capsys):
     from tools.phantom import phantom
     from tools.recalibrate import recalibrate
 
@@ -278,6 +278,27 @@ def test_recalibrated_statistics_are_those_of_the_activations(chain, tmp_path):
             loaded(batch)
     means = torch.stack([x.mean((0, 2, 3, 4)) for x in seen]).mean(0)
     torch.testing.assert_close(first.running_mean, means, rtol=1e-4, atol=1e-5)
+    recalibrate(
+        str(tmp_path / "m"), output=str(tmp_path / "deep" / "er"), **options
+    )  # its recipe still finds the vectors
+    edit(str(tmp_path / "deep" / "er"), str(tmp_path / "edited"), remove="two")
+    assert "was recalibrated, which a merge undoes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("chain", ["DynUNet"], indirect=True)
+def test_the_plane_of_networks_whose_heads_have_aliases(chain, tmp_path):
+    from tools.flatness import flatness
+    from tools.phantom import phantom
+
+    _, folder, _, _ = chain
+    phantom(str(tmp_path / "data"), cases=2)
+    for name in ("start", "one", "two"):
+        shutil.copytree(folder / name, tmp_path / name)
+        (tmp_path / name / "configs/train.json").unlink()
+    corners = ",".join(str(tmp_path / name) for name in ("start", "one", "two"))
+    quick = {"scans": 1, "patches": 1, "patch_size": 16, "points": 2, "labels": {"aorta": "stomach"}, "part": "all"}
+    flatness(str(tmp_path / "data"), str(tmp_path / "plane"), plane=corners, **quick)
+    assert np.isfinite(json.loads((tmp_path / "plane/flatness.json").read_text())["plane"]["loss"]).all()
 
 
 @pytest.mark.parametrize("chain", [NNUNET], indirect=True)

@@ -5,13 +5,15 @@ import json
 import shutil
 
 import numpy as np
+import optuna
 import pytest
 import torch
 import yaml
 
 from tests.conftest import here
 from tests.gains import ORGANS, dice, make_plane, relabel
-from tools.bundle import read_json
+from tools.bundle import read_json, write_json
+from tools.search_study import _storage
 
 
 @pytest.fixture(scope="module")
@@ -174,10 +176,68 @@ def test_other_references_are_not_gone_on_with_and_few_cases_say_nothing(own, tm
     text = search(own, tmp_path / "s", *GRID, "--test_part", "test")
     assert "2 held-out case(s) cannot say whether the best recipe beats the default: +0.5000" in text
     relabel(own / "Dataset001_Quarters", [0], lambda label: (3 - label) % 3)
-    assert "begun with other settings (references was" in refused(own, tmp_path / "s", *GRID)
+    assert "begun with other settings (files was" in refused(own, tmp_path / "s", *GRID)
     relabel(own / "Dataset001_Quarters", [2, 3], np.zeros_like)
     text = refused(own, tmp_path / "t", *GRID, "--test_part", "test")
     assert "none of its cases has any of the organs bright, dark" in text and not (tmp_path / "t").exists()
+
+
+def test_a_default_that_another_machine_began_and_lost_is_scored_though_time_is_up(plane, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tools.merge_scorer.MergeScorer.scores", killed)
+        assert here(*words(plane, tmp_path / "s", *GRID)).returncode == 130
+    storage = _storage(str(tmp_path / "s/study.journal"))
+    study = optuna.load_study(study_name="search", storage=storage)
+    study.enqueue_trial({"scale/bright": 0.4, "scale/dark": 0.4})
+    study.ask(study.trials[0].distributions)
+    search(plane, tmp_path / "s", *GRID, "--timeout", 1e-6)
+    found = read_json(tmp_path / "s/search.json")
+    assert found["default"]["mean_dice"] == 0.5 and found["trials"]["complete"] == 2  # and 1/T
+
+
+def test_other_preprocessing_or_another_search_is_not_gone_on_with(own, tmp_path):
+    search(own, tmp_path / "s", *GRID, "--trials", 2)
+    before = (tmp_path / "s/best.yaml").read_text()
+    storage = ("--storage", f"sqlite:///{tmp_path}/studies.db")
+    message = refused(own, tmp_path / "s", *GRID, *storage, "--method", "average", "--space", "{weights: 0..1}")
+    assert "search.json is of another search (task_arithmetic" in message
+    path = own / "start/configs/inference.json"
+    inference = read_json(path)
+    inference["preprocessing"]["transforms"].append({"_target_": "ScaleIntensityd", "keys": "image"})
+    write_json(path, inference)
+    assert "begun with other settings (inference was" in refused(own, tmp_path / "s", *GRID)
+    assert (tmp_path / "s/best.yaml").read_text() == before
+
+
+def test_vectors_of_another_starting_point_are_searched_when_the_recipe_says_so(own, tmp_path):
+    """The start's weights are moved by less than half of what an organ needs; its identity is another."""
+    state = torch.load(own / "start/models/model.pt")
+    torch.save(state | {"encoder.weight": state["encoder.weight"] + 0.01}, own / "start/models/model.pt")
+    recipe = {"pretrained": str(own / "start"), "method": "task_arithmetic", "other_start": True}
+    recipe["vectors"] = [str(own / f"{organ}.safetensors") for organ in ORGANS]
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    data = ["--dataset_dir", own / "Dataset001_Quarters", "--split_file", own / "split.json", "--test_part", "test"]
+    flags = [
+        "tools",
+        "search",
+        "--recipe",
+        tmp_path / "r.yaml",
+        *data,
+        *GRID,
+        "--trials",
+        3,
+        "--output",
+        tmp_path / "s",
+    ]
+    result = here(*flags)
+    assert result.returncode == 0, result.stderr
+    assert read_json(tmp_path / "s/search.json")["held_out"]["heads_alone"]["mean_dice"] == 0
+    torch.save(state | {"encoder.weight": state["encoder.weight"] + 0.02}, own / "start/models/model.pt")
+    result = here(*flags)
+    assert result.returncode == 1 and "begun with other settings (pretrained was" in result.stderr
 
 
 def test_a_part_of_a_huge_grid_needs_no_memory(plane, tmp_path):

@@ -164,7 +164,7 @@ class Bundle:
         parser = self.parser()
         parser.resolve_macro_and_relative_ids()
         with self.code():
-            return _plain(parser, key, parser[key])
+            return plain_values(parser, key, parser[key])
 
     def plain(self, key: str) -> Any:
         """The same without evaluating anything that the bundle says: None where that would be needed, or nothing is there."""
@@ -240,12 +240,22 @@ def _disabled(value: Any, config: dict[str, Any]) -> bool:
     return config[match[1]] is None
 
 
-def _plain(parser: Any, key: str, value: Any) -> Any:
+def plain_values(parser: Any, key: str, value: Any) -> Any:
+    """A part of a bundle's config with what it refers to in its place, as JSON has it.
+
+    Args:
+        parser: MONAI's ConfigParser over the config, with macros resolved.
+        key: of the part.
+        value: of it there.
+
+    Raises:
+        UserError: something in it is no plain value, such as a function.
+    """
     if isinstance(value, dict):
-        entries = {k: _plain(parser, f"{key}::{k}", v) for k, v in value.items()}
+        entries = {k: plain_values(parser, f"{key}::{k}", v) for k, v in value.items()}
         return None if entries.get("_disabled_") else {k: v for k, v in entries.items() if k != "_disabled_"}
     if isinstance(value, list):
-        entries = [_plain(parser, f"{key}::{i}", v) for i, v in enumerate(value)]
+        entries = [plain_values(parser, f"{key}::{i}", v) for i, v in enumerate(value)]
         return [new for new, old in zip(entries, value) if new is not None or old is None]
     if value == "@device":  # which every bundle has: it is chosen where the bundle runs
         return value
@@ -257,7 +267,7 @@ def _plain(parser: Any, key: str, value: Any) -> Any:
             if isinstance(content, type):  # "$torch.nn.Conv3d", an argument of many a network
                 return {"_target_": f"{content.__module__}.{content.__qualname__}", "_mode_": "callable"}
             raise UserError(
-                f"{key.replace('::', '#')} of inference.json is {value!r}, which is not a plain value"
+                f"{key.replace('::', '#')} of the config is {value!r}, which is not a plain value"
             ) from None
     return value
 

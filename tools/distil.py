@@ -22,10 +22,13 @@ from tqdm import tqdm
 from tools.bundle import Bundle
 from tools.errors import UserError, at_least, nearest
 from tools.heads import free_entries, stacked_heads, unstacked_heads
+from tools.instantiate import window_size
 from tools.labelled_patches import labelled_patches
+from tools.labels import renamed_labels
 from tools.lineage import backbone_sha256
 from tools.merge import HEADS_FILE, check_vectors, head_key, merge_recipe, split_paths
 from tools.network import output_argument
+from tools.output import check_output
 from tools.recipe import Recipe
 from tools.scans import choose_scans, patches_on_organs
 from tools.task_vector import TaskVector
@@ -59,6 +62,7 @@ def distil(
     head_learning_rate: float = 0.001,
     seed: int = 0,
     objective: str = "teachers",
+    labels: object = None,
     coefficients: str = "tensor",
     overwrite: bool = False,
 ) -> None:
@@ -82,6 +86,7 @@ def distil(
         seed: of the scans, the patches and their order.
         objective: "teachers": the specialists' own masks, without labels; "labels": the dataset's labels, by Dice and
             cross-entropy; "entropy": sure voxels (AdaMerging), without labels, which may end in empty masks.
+        labels: of the objective "labels": the dataset's for organs that are called otherwise: "{liver: 6}".
         coefficients: one for each "tensor" and task, or one for each "task".
         overwrite: replace the output if it exists.
     """
@@ -105,14 +110,13 @@ def distil(
     check_vectors(files, tasks, start, weights)
     if backbone_sha256(weights, tasks[0].facts.structure) != tasks[0].facts.pretrained_sha256:
         raise UserError(f"{files[0]} (task {tasks[0].task}) comes from another starting point than {start.path}")
-    if Path(output).exists() and not overwrite:
-        raise UserError(f"{output} exists; choose another --output, or add --overwrite")
+    check_output(output, overwrite, inputs=[pretrained, *files])  # before anything is learned
     torch.manual_seed(seed)
     student = Student(start, weights, tasks, one_each=coefficients == "task")
-    size = [patch_size] * 3 if patch_size else start.resolved("patch_size")
+    size = window_size(start, patch_size)
     recipe = Recipe(pretrained, files, "task_arithmetic", {"scale": round(1 / len(tasks), 6)})
     if objective == "labels":
-        pool = Pool.of_labels(recipe, images, part, split_file, scans, size, patches, seed)
+        pool = Pool.of_labels(recipe, images, part, split_file, scans, size, patches, seed, labels)
     else:
         cases = choose_scans(images, start, part, split_file, scans, seed)
         pool = Pool.of_specialists(start, rebuild(pretrained, files), cases, size, patches, seed)
@@ -270,6 +274,7 @@ class Pool:
         size: Sequence[int],
         patches: int,
         seed: int,
+        labels: object = None,
     ) -> Pool:
         """Crop patches around the labelled organs of a merge, each as often as another.
 
@@ -283,10 +288,10 @@ class Pool:
         with tempfile.TemporaryDirectory() as folder:
             merge_recipe(recipe, Path(folder) / "merged", quiet=True)
             merged = Bundle(Path(folder) / "merged")
-            images, (labels,) = labelled_patches(
-                [merged], dataset_dir, part, split_file, scans, patches, size, seed, {}
-            )
-        return cls(images, torch.cat([labels == channel for channel in range(1, 1 + len(merged.labels))], 1).half())
+            where = dataset_dir, part, split_file
+            renamed = renamed_labels(labels, [merged])
+            images, (truth,) = labelled_patches([merged], *where, scans, patches, size, seed, renamed)
+        return cls(images, torch.cat([truth == channel for channel in range(1, 1 + len(merged.labels))], 1).half())
 
     def split(self) -> tuple[Pool, Pool]:
         """To learn from, and held out.

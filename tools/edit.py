@@ -67,6 +67,8 @@ def edit(
         _check_free(name, recipe, path)
     changes = {"vectors": list(everything.values()), "parameters": new, "overrides": overrides}
     merge_recipe(replace(recipe, **changes), output, overwrite=overwrite)
+    if "recalibrated" in merged.metadata["lineage"]:
+        print(f"{bundle} was recalibrated, which a merge undoes: run recalibrate again")
 
 
 def _check_free(parameter: str, recipe: Recipe, path: Path) -> None:

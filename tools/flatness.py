@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from tools.bundle import Bundle
+from tools.bundle import Bundle, plain_values
 from tools.errors import UserError, at_least, numbers
+from tools.instantiate import window_size
 from tools.labelled_patches import labelled_patches
 from tools.labels import renamed_labels
 from tools.landscape import (
@@ -100,8 +101,7 @@ def flatness(
     levels = numbers("noise", noise)
     with complete_output(output, overwrite, sign="flatness.json") as folder:
         labelled = {path: b for path, b in bundles.items() if path in {*measured, *sides, *corners[1:]}}
-        first = next(iter(bundles.values()))
-        size = [patch_size] * 3 if patch_size else first.resolved("patch_size")
+        size = window_size(next(iter(bundles.values())), patch_size)
         images, own_labels = labelled_patches(
             list(labelled.values()), dataset_dir, part, split_file, scans, patches, size, seed,
             renamed_labels(labels, list(labelled.values())),
@@ -171,8 +171,9 @@ def loss_definition(bundle: Bundle) -> dict[str, Any]:
         return {"_target_": "tools.bundle_code.losses.DiceBCELoss", "present_only": True}
     parser = ConfigParser()
     parser.read_config(str(config))
+    parser.resolve_macro_and_relative_ids()
     with bundle.code():
-        return parser.get_parsed_content("loss", instantiate=False).get_config()
+        return plain_values(parser, "loss", parser["loss"])
 
 
 def measure(surface: Surface, images: Tensor, levels: Sequence[float], seeds: int, seed: int) -> dict[str, Any]:
@@ -349,8 +350,8 @@ def _check_same_network(bundles: Sequence[Bundle]) -> None:
     """Refuse bundles whose backbones do not have the same tensors."""
     shapes = []
     for bundle in bundles:
-        entries, head = bundle.weights().entries, bundle.structure().head
-        shapes.append({name: entry.shape for name, entry in entries.items() if name not in head})
+        entries, own = bundle.weights().entries, bundle.structure().not_merged
+        shapes.append({name: entry.shape for name, entry in entries.items() if name not in own})
         if shapes[-1] != shapes[0]:
             differ = sorted({n for n in {*shapes[0], *shapes[-1]} if shapes[0].get(n) != shapes[-1].get(n)})
             raise UserError(

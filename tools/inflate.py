@@ -16,7 +16,7 @@ from tools.convert import write_conversion
 from tools.errors import UserError
 from tools.importers.conversion import Conversion
 from tools.inflation import Mode, depth_taps, inflate_weights, inflate_window, verify, verify_window
-from tools.instantiate import patch_size as patch_size_of
+from tools.instantiate import window_size
 from tools.labels import parse_sources
 from tools.network import describe, instantiate, output_argument
 from tools.output import complete_output
@@ -98,7 +98,7 @@ def _report(output: str, conversion: Conversion) -> None:
 
 def _fill(folder: Path, source: Bundle, path: Path, deep_def: Mapping, mode: Mode) -> Conversion:
     """A copy of a bundle whose network sees windows, with weights: its start (models/pretrained), and for now its model."""
-    size = [*(min(side, CHECKED) for side in patch_size_of(source)[:2]), 3]
+    size = [*(min(side, CHECKED) for side in window_size(source)[:2]), 3]
     result = _inflated(path, deep_def, {**deep_def, "window": 1}, mode, size)
     facts = _facts(result, mode)
     slices = "any slices" if mode == "centre" else "equal slices"
@@ -279,7 +279,7 @@ def _label_names(labels: object, definition: Mapping[str, Any], source: Bundle |
 
 def _patch_size(wanted: object, definition: Mapping[str, Any], source: Bundle | None) -> list[int]:
     if wanted is None:
-        wanted = definition.get("img_size") or (patch_size_of(source) if source else 96)
+        wanted = definition.get("img_size") or (window_size(source) if source else 96)
     sizes = [int(size) for size in _numbers("patch_size", wanted)]
     sizes = sizes * 3 if len(sizes) == 1 else sizes
     if len(sizes) != 3 or min(sizes) < 1:

@@ -114,7 +114,7 @@ def set_starting_point(output: Path, pretrained: Bundle, structure: Structure, o
         dropout = {"dropout": "@dropout"} if "dropout" in network_def and "dropout" in config else {}
         config["network_def"] = {**network_def, **dropout}
         config["preprocessing"] = preprocessing
-        config["patch_size"] = patch_size(pretrained)
+        config["patch_size"] = window_size(pretrained)
         for knob in ("windows", "inferer_output"):  # how its preprocessing is undone
             if knob in config and knob in pretrained.inference:
                 config[knob] = pretrained.resolved(knob)
@@ -188,18 +188,20 @@ def _add_scripts(output: Path, module: str) -> None:
         (output / "scripts" / name).write_text(text)
 
 
-def patch_size(pretrained: Bundle) -> list[int]:
-    """The size of a bundle's windows.
+def window_size(bundle: Bundle, edge: int = 0) -> list[int]:
+    """The size of a bundle's windows, voxels; or, if an edge is given, of cubes with that.
 
     Raises:
         UserError: its inference.json does not say it.
     """
+    if edge:
+        return [edge] * 3
     for key in ("patch_size", "roi_size"):
-        if key in pretrained.inference:
-            return pretrained.resolved(key)
-    size = pretrained.resolved("inferer").get("roi_size")
+        if key in bundle.inference:
+            return bundle.resolved(key)
+    size = bundle.resolved("inferer").get("roi_size")
     if size is None:
-        raise UserError(f"{pretrained.path}/configs/inference.json: no patch_size, and no roi_size in its inferer")
+        raise UserError(f"{bundle.path}/configs/inference.json: no patch_size, and no roi_size in its inferer")
     return size
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
 from tools.errors import UserError
+from tools.merge_engine import SMALLEST_VARIANCE
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -49,13 +49,13 @@ class Surface:
         return {name: state[name].clone() for name in self.moved}
 
     def move(self, weights: Mapping[str, Tensor]) -> None:
-        """Put the network somewhere else."""
+        """Put the network somewhere else; a variance stays positive, as in a merge."""
         import torch
 
         state = self.network.state_dict()
         with torch.no_grad():
             for name, value in weights.items():
-                state[name].copy_(value)
+                state[name].copy_(value.clamp_min(SMALLEST_VARIANCE) if name.endswith("running_var") else value)
 
     def value(self) -> float:
         """The mean loss over the patches."""
@@ -108,7 +108,9 @@ class Surface:
             yield images.to(device), labels.to(device), len(images) / count
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        return self.loss(self.network(images), labels)
+        from tools.bundle_code.inferers import full_size
+
+        return self.loss(full_size(self.network(images)), labels)
 
 
 def empirical_fisher_trace(surface: Surface) -> float:
@@ -279,7 +281,9 @@ def _twice_differentiable(network: nn.Module) -> Iterator[None]:
 
     layers = [m for m in network.modules() if isinstance(m, nn.GroupNorm) and type(m) is not nn.GroupNorm]
     for layer in layers:
-        layer.forward = partial(nn.GroupNorm.forward, layer)
+        layer.forward = lambda x, layer=layer: nn.GroupNorm.forward(
+            layer, x.contiguous()
+        )  # which forward derivatives need
     try:
         yield
     finally:

@@ -45,8 +45,8 @@ def linearize(bundle: str, output: str, overwrite: bool = False) -> None:
     with complete_output(output, overwrite) as folder, tempfile.TemporaryDirectory() as temporary:
         conversion = read(source.path)
         conversion.scripts = Path(temporary)
-        own = source.path / "scripts"
-        shutil.copytree(own, temporary, dirs_exist_ok=True)
+        if (own := source.path / "scripts").is_dir():  # MONAI's networks need none
+            shutil.copytree(own, temporary, dirs_exist_ok=True)
         for name, text in with_imports(set(CODE), SOURCE).items():
             (conversion.scripts / name).write_text(text)
         heads = list(structure.head)

@@ -34,7 +34,7 @@ from tools.merge_methods import METHODS
 from tools.merge_plan import describe_methods, plan_table
 from tools.modulators import write_modulators
 from tools.network import LINEARIZED
-from tools.output import complete_output
+from tools.output import check_output, complete_output
 from tools.recipe import Recipe
 from tools.task_vector import TaskVector
 from tools.weights_file import DTYPES, WeightsFile, to_bytes, write_torch
@@ -125,10 +125,8 @@ def merge_recipe(
     vectors = [TaskVector(path) for path in recipe.vectors]
     structure = vectors[0].facts.structure
     check_vectors(recipe.vectors, vectors, start, weights, recipe.other_start)
-    if not dry_run and any(
-        Path(path).resolve() == Path(output).resolve() for path in (recipe.pretrained, *recipe.vectors)
-    ):
-        raise UserError(f"{output} is what is merged; choose another --output")
+    if not dry_run:
+        check_output(output, overwrite, inputs=[recipe.pretrained, *recipe.vectors])
     label_map = _stack_labels(recipe.vectors, vectors)
     engine = MergeEngine(recipe, weights, vectors)
     whole = stacked_heads(structure, heads_of(recipe, vectors)) | merged_buffers(recipe.vectors, vectors)

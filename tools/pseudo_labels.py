@@ -53,7 +53,7 @@ def pseudo_labels(
         pretrained: the starting point, a bundle with weights.
         vectors: task vector files, separated by commas, in the order of the labels.
         images: folder of images, or an nnU-Net dataset, whose labels are not looked at.
-        output: folder of the dataset. NIfTI images are links to where they are; others are converted.
+        output: folder of the dataset. Images in .nii.gz are links to where they are; others are converted.
         part: of an nnU-Net dataset: "train", "val" or "test" of its split; default: all labelled cases.
         split_file: JSON file with the split; default: the dataset's splits_final.json.
         overlays: draw the label maps, one PNG per scan.

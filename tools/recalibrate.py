@@ -7,12 +7,16 @@ Networks with group or instance normalisation, as those here, have no such stati
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
+
+import yaml
 
 from tools.bundle import Bundle
 from tools.errors import UserError
-from tools.instantiate import update_metadata
+from tools.instantiate import update_metadata, window_size
 from tools.lineage import file_sha256
 from tools.output import complete_output
+from tools.recipe import Recipe
 from tools.scans import choose_scans
 from tools.segmenter import preprocessed
 
@@ -68,6 +72,9 @@ def recalibrate(
     with complete_output(output, overwrite) as folder:
         shutil.copytree(source.path, folder, ignore=shutil.ignore_patterns("eval", "checkpoints", "__pycache__"))
         torch.save(measured, folder / "models" / "model.pt")
+        if (folder / "docs" / "recipe.yaml").is_file():  # its paths are relative to where it lies
+            recipe = Recipe.read(source.path / "docs" / "recipe.yaml").relative_to(Path(output) / "docs")
+            (folder / "docs" / "recipe.yaml").write_text(yaml.safe_dump(recipe.as_dict(), sort_keys=False))
         facts = {"of": file_sha256(source.model_file), "scans": len(cases), "patches": patches, "seed": seed}
         update_metadata(folder, lineage={**source.metadata.get("lineage", {}), "recalibrated": facts})
     print(f"{output}: {len(layers)} layers measured on {len(cases)} scans")
@@ -79,7 +86,7 @@ def patches_of(bundle: Bundle, cases: list[dict], patches: int, batch_size: int,
     from monai.transforms import Compose, RandSpatialCropSamplesd, SpatialPadd
     from tqdm import tqdm
 
-    size = bundle.resolved("patch_size")
+    size = window_size(bundle)
     with bundle.code():
         preprocessing = bundle.parser().get_parsed_content("preprocessing")
     crop = Compose(

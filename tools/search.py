@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 import yaml
 
-from tools.bundle import Bundle
+from tools.bundle import Bundle, read_json
 from tools.errors import UserError, at_least, naming, nearest
 from tools.evaluate import separate_cases
-from tools.lineage import file_sha256
+from tools.lineage import backbone_sha256, file_sha256
 from tools.merge import check_vectors, merge_recipe, split_paths
 from tools.merge_engine import MergeEngine
 from tools.merge_scorer import CaseDice, MergeScorer, case_dice, mean_dice
+from tools.output import complete_output
 from tools.recipe import Recipe
 from tools.search_results import draw_heat_map, facts_of, held_out, write_trials
 from tools.search_space import LARGEST_GRID, SearchSpace, Value
@@ -113,8 +114,8 @@ def search(
     every, test = separate_cases(dataset_dir, part, test_part, split_file, fold)
     cases = _some(every, scans, seed)
     folder = Path(output)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{output} is a file, and --output is to be a folder")
+    named = {"storage": shown(storage) if storage else "study.journal", "name": study}
+    _check_folder(folder, named, base.method)
     scorer = MergeScorer(base, dataset_dir, labels)
     if test:
         _check_organs(test, scorer.channels, test_part)
@@ -126,7 +127,8 @@ def search(
         "dataset": Path(dataset_dir).resolve().name,
         "cases": list(cases),
         "channels": scorer.channels,
-        "references": _references(cases),
+        "files": _files_sha256(cases),
+        "inference": hashlib.sha256(json.dumps(scorer.bundle.inference, sort_keys=True).encode()).hexdigest(),
     }
     pruned = bool(prune) and sampler == "tpe" and len(cases) >= ENOUGH_CASES
     opened = open_study(storage or str(folder / "study.journal"), study, settings, seed, bool(storage), pruned)
@@ -141,11 +143,23 @@ def search(
         "sampler": sampler,
         "tasks": tasks,
         "space": chosen.as_dict(),
-        "study": {"storage": shown(storage) if storage else "study.journal", "name": study},
+        "study": named,
         "dataset": settings["dataset"],
         "validation": {"part": part, "cases": list(cases), "of": len(every)},
     }
     _report(folder, running, facts, (test_part, test) if test else None)
+
+
+def _check_folder(folder: Path, study: Mapping[str, str], method: str) -> None:
+    """Refuse a folder with the results of another search."""
+    path = folder / "search.json"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, and --output is to be a folder")
+    found = read_json(path) if path.is_file() else {"study": study, "method": method}
+    if (found.get("study"), found.get("method")) != (study, method):
+        raise UserError(
+            f"{path} is of another search ({found.get('method')}, {found.get('study')}); choose another --output"
+        )
 
 
 def _check_sampler(sampler: str) -> None:
@@ -171,14 +185,16 @@ def _inputs(base: Recipe) -> tuple[list[str], list[str], dict[str, Any]]:
     """The tasks, the names of the tensors that are merged, and what identifies the files."""
     start = Bundle(base.pretrained)
     weights, tasks = start.weights(), [TaskVector(path) for path in base.vectors]
-    check_vectors(base.vectors, tasks, start, weights)
+    check_vectors(base.vectors, tasks, start, weights, base.other_start)
     engine = MergeEngine(base, weights, tasks)
     tensors = [name for name in engine.names if engine.treatment(name) in ("merged", "scaled mean")]
     how = {name: value for name, value in base.as_dict().items() if name not in ("pretrained", "vectors")}
     if base.heads:
         how["heads"] = file_sha256(base.heads)
     vectors = [task.sha256 for task in tasks]
-    identity = {"recipe": how, "pretrained": tasks[0].facts.pretrained_sha256, "vectors": vectors}
+    facts = tasks[0].facts
+    pretrained = backbone_sha256(weights, facts.structure) if base.other_start else facts.pretrained_sha256
+    identity = {"recipe": how, "pretrained": pretrained, "vectors": vectors}
     return [task.task for task in tasks], tensors, identity
 
 
@@ -195,9 +211,11 @@ def _check_organs(cases: Mapping[str, dict], channels: Mapping[str, Sequence[int
     raise UserError(f"--test_part {part}: none of its cases has any of the organs {', '.join(channels)}")
 
 
-def _references(cases: Mapping[str, dict]) -> str:
-    """SHA-256 of the cases' label files."""
-    files = [file_sha256(case["label"]) for case in cases.values()]
+def _files_sha256(cases: Mapping[str, dict]) -> str:
+    """SHA-256 of the cases' images and label maps."""
+    from monai.utils import ensure_tuple
+
+    files = [file_sha256(file) for case in cases.values() for file in (*ensure_tuple(case["image"]), case["label"])]
     return hashlib.sha256(" ".join(files).encode()).hexdigest()
 
 
@@ -215,32 +233,35 @@ def _report(folder: Path, search: Search, facts: dict[str, Any], test: tuple[str
     rows, best = [*search.rows()], search.best()
     marked = {name: search.row(start) for name, start in zip(TITLES, space.starts)} | {"best": best}
     labels = [label for label, values in scorer.channels.items() if values is not None]
-    write_trials(folder / "trials.csv", rows, [c.name for c in space.coefficients], labels)
     recipe = space.recipe(best.values)
-    text = yaml.safe_dump(recipe.relative_to(folder).as_dict(), sort_keys=False)
-    (folder / "best.yaml").write_text(text)
     states = [row.state for row in rows]
     facts["trials"] = {state: states.count(state) for state in ("complete", "pruned", "failed")}
     facts["seconds"] = round(sum(row.seconds for row in rows), 1)
     facts |= {name: _facts(row) for name, row in marked.items()}
-    facts["merged_again"] = facts_of(mean_dice(_merged_again(folder / "best.yaml", scorer, search.cases)))
+    facts["merged_again"] = facts_of(mean_dice(_merged_again(recipe, scorer, search.cases)))
     if test:
         part, cases = test
         recipes = {name: space.recipe(row.values) for name, row in marked.items()}
-        files = recipe.pretrained, recipe.vectors
-        recipes["heads_alone"] = Recipe(*files, "task_arithmetic", {"scale": 0.0}, heads=recipe.heads)
+        files, kept = (recipe.pretrained, recipe.vectors), {"heads": recipe.heads, "other_start": recipe.other_start}
+        recipes["heads_alone"] = Recipe(*files, "task_arithmetic", {"scale": 0.0}, **kept)
         scores = {
             name: {case: case_dice(found) for case, found in scorer.scores(recipe, cases)}
             for name, recipe in recipes.items()
         }
         facts["held_out"] = {"part": part, "cases": list(cases), **held_out(scores)}
-    (folder / "search.json").write_text(json.dumps(facts, indent=2))
     written = ["best.yaml", "trials.csv", "search.json"]
+    with complete_output(folder / "best.yaml", overwrite=True) as path:
+        path.write_text(yaml.safe_dump(recipe.relative_to(folder).as_dict(), sort_keys=False))
+    with complete_output(folder / "trials.csv", overwrite=True) as path:
+        write_trials(path, rows, [c.name for c in space.coefficients], labels)
+    with complete_output(folder / "search.json", overwrite=True) as path:
+        path.write_text(json.dumps(facts, indent=2))
     if len(space.coefficients) == 2 and all(isinstance(v, int | float) for v in best.values.values()):
         title = f"{facts['method']}, validation cases: {len(search.cases)}"
         complete = [row for row in rows if row.state == "complete"]
         points = {TITLES[name]: row.values for name, row in marked.items()}
-        draw_heat_map(folder / "heat_map.png", complete, space.coefficients, points, title)
+        with complete_output(folder / "heat_map.png", overwrite=True) as path:
+            draw_heat_map(path, complete, space.coefficients, points, title)
         written.append("heat_map.png")
     _print(facts)
     print(
@@ -252,10 +273,11 @@ def _facts(row: Row) -> dict[str, Any]:
     return {"trial": row.number, "values": row.values, **facts_of(row.dice)}
 
 
-def _merged_again(path: Path, scorer: MergeScorer, cases: Mapping[str, dict]) -> dict[str, CaseDice]:
-    """Merge a recipe to a bundle and score that."""
+def _merged_again(recipe: Recipe, scorer: MergeScorer, cases: Mapping[str, dict]) -> dict[str, CaseDice]:
+    """Merge a recipe from a file to a bundle and score that."""
     with tempfile.TemporaryDirectory() as temporary:
-        merged = Path(temporary) / "merged"
+        path, merged = Path(temporary) / "best.yaml", Path(temporary) / "merged"
+        path.write_text(yaml.safe_dump(recipe.relative_to(path.parent).as_dict(), sort_keys=False))
         merge_recipe(Recipe.read(path), merged, quiet=True)
         return {name: case_dice(scores) for name, scores in scorer.bundle_scores(Bundle(merged), cases).items()}
 
@@ -272,7 +294,7 @@ def _print(facts: Mapping[str, Any]) -> None:
     else:
         print(
             f"warning: merged from best.yaml and scored again it is {again:.4f}; "
-            "did another machine, with another processor, score the trial, or have the images changed since?"
+            "did another machine, with another processor, score the trial?"
         )
     if "held_out" in facts:
         print(facts["held_out"]["statement"])

@@ -116,4 +116,4 @@ def draw_heat_map(
     ax.set_title(title, fontsize=9)
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), fontsize=8, frameon=False)
     figure.colorbar(picture, ax=ax, label="mean Dice")
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    figure.savefig(path, dpi=110, bbox_inches="tight", format="png")

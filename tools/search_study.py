@@ -158,8 +158,11 @@ class Search:
         total = len(points) if self.grid else max(trials, len(self.space.starts))
         with tqdm(total=total, desc="trials", disable=None, smoothing=0) as bar:
             while (point := self._next(points, total)) is not None:
-                if timeout and time.monotonic() - began > timeout and point not in self.space.starts:
-                    break
+                if timeout and time.monotonic() - began > timeout:
+                    left = _without(self.space.starts, self._done())
+                    if not left:
+                        break
+                    point = left[0]  # without it there is nothing to compare with, whoever began it
                 self._show(bar)
                 self._try(point)
             self._show(bar)
@@ -191,8 +194,7 @@ class Search:
 
     def _next(self, points: list[dict[str, Value]], total: int) -> dict[str, Value] | None:
         """What to try now: {} for what the sampler chooses, None for nothing more."""
-        trials = self.study.get_trials(deepcopy=False)
-        done = [self._values(trial) for trial in trials if self._is_done(trial)]
+        trials, done = self.study.get_trials(deepcopy=False), self._done()
         begun = [self._values(trial) for trial in trials if not trial.state.is_finished() and trial.params]
         wanted = [*self.space.starts, *points[len(self.space.starts) : total]]
         missing = _without(wanted, done)
@@ -201,6 +203,9 @@ class Search:
         if not self.grid and len(done) < total:
             return {}
         return missing[0] if missing else None  # left by a run that was killed, or still with another machine
+
+    def _done(self) -> list[dict[str, Value]]:
+        return [self._values(trial) for trial in self.study.get_trials(deepcopy=False) if self._is_done(trial)]
 
     def _try(self, point: Mapping[str, Value]) -> None:
         from optuna.trial import TrialState

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from tools import __version__
 from tools.bundle import Bundle
 from tools.errors import UserError, at_least, nearest
+from tools.instantiate import window_size
 from tools.lineage import backbone_sha256
 from tools.merge import split_paths
 from tools.merge_methods import METHODS
@@ -78,7 +79,7 @@ def statistics(
         raise UserError(f"{vector} (task {task.task}) is not the task vector of {bundle}")
     network = specialist.network().requires_grad_(False)
     cases = choose_scans(images, specialist, part, split_file, scans, seed)
-    size = [patch_size] * 3 if patch_size else specialist.resolved("patch_size")
+    size = window_size(specialist, patch_size)
     facts = {
         "task": task.task,
         "finetuned_sha256": task.facts.finetuned_sha256,

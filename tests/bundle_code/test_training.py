@@ -8,6 +8,7 @@ import pytest
 import torch
 from ignite.engine import Engine
 from monai.data import Dataset
+from monai.optimizers import WarmupCosineSchedule
 from monai.transforms import RandGaussianNoise
 
 from tests.conftest import ROOT
@@ -66,3 +67,36 @@ def test_seeded_epochs(step, alike):
     first, second, *again = drawn
     assert (first == second) == alike
     assert again == [first, second]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "polynomial"])
+def test_a_run_that_is_made_longer_goes_on_by_the_longer_schedule(tmp_path, schedule):
+    """Two steps an epoch; the rates of four epochs, and then of eight in the same folder."""
+
+    def rates(folder, epochs):
+        network = torch.nn.Linear(2, 1)
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        steps = 2 * epochs
+        if schedule == "cosine":
+            scheduler = WarmupCosineSchedule(optimizer, warmup_steps=3, t_total=steps)
+        else:
+            scheduler = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=steps, power=0.9)
+        used = []
+
+        def step(engine, batch):
+            optimizer.zero_grad()
+            network(batch).sum().backward()
+            used.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+
+        engine, validator = Engine(step), Engine(lambda *_: None)
+        paths = str(folder / "model.pt"), str(folder / "last.pt")
+        ResumableCheckpoint(network, optimizer, scheduler, validator, *paths).attach(engine)
+        engine.run([torch.ones(1, 2)] * 2, max_epochs=epochs)
+        return used
+
+    unbroken = rates(tmp_path / "unbroken", 8)
+    rates(tmp_path / "longer", 4)
+    assert rates(tmp_path / "longer", 8) == pytest.approx(unbroken[8:])
+    assert min(unbroken[8:]) > 0

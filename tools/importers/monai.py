@@ -15,7 +15,7 @@ from typing import Any
 from tools.bundle import Bundle
 from tools.errors import UserError
 from tools.importers.conversion import Conversion, check_stem, named_tensors, read_checkpoint, repeated
-from tools.instantiate import patch_size
+from tools.instantiate import window_size
 from tools.labels import parse_sources
 from tools.lineage import file_sha256
 from tools.network import build, describe, output_argument
@@ -90,7 +90,7 @@ def read(
         tensors=taken,
         origins=origins,
         left_out=others,
-        values={"network_def": network_def, "preprocessing": preprocessing, "patch_size": patch_size(bundle)},
+        values={"network_def": network_def, "preprocessing": preprocessing, "patch_size": window_size(bundle)},
         image=dict(image),
         packages=[name for name in packages if _is_installed(name)],
         scripts=checkpoint / "scripts",

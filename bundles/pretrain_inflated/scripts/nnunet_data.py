@@ -210,7 +210,9 @@ def _read_folds(path: Path) -> list[dict[str, list[str]]]:
     except ValueError as error:
         raise ValueError(f"{path} is no JSON ({error})") from None
     if not isinstance(folds, list) or not all(isinstance(fold, dict) for fold in folds):
-        raise ValueError(f'{path} is no split: it must be a list of {{"train": [cases], "val": [cases]}}, one for each fold')
+        raise ValueError(
+            f'{path} is no split: it must be a list of {{"train": [cases], "val": [cases]}}, one for each fold'
+        )
     return folds
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
@@ -251,8 +252,17 @@ class ResumableCheckpoint:
             return
         try:
             checkpoint = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
+            planned = self._iterations(engine)
+            rates = [group["lr"] for group in self.parts["lr_scheduler"].optimizer.param_groups]
             for name, part in self.parts.items():
-                part.load_state_dict(checkpoint[name])
+                if name == "lr_scheduler" and checkpoint.get("iterations", planned) != planned:
+                    _reschedule(part, rates, checkpoint[name]["last_epoch"])
+                    engine.logger.info(
+                        f"the run was planned for {checkpoint['iterations']} iterations and is now for {planned}: from here on "
+                        "the learning rate is what it would be in a run of that length"
+                    )
+                else:
+                    part.load_state_dict(checkpoint[name])
             self.best, self.best_epoch = checkpoint["best"], checkpoint["best_epoch"]
             engine.state.epoch = checkpoint["epoch"]
             engine.state.iteration = checkpoint["epoch"] * engine.state.epoch_length
@@ -262,6 +272,11 @@ class ResumableCheckpoint:
                 "delete it, or run with --resume False, to train from the beginning"
             ) from error
         engine.logger.info(f"resumed after epoch {engine.state.epoch} from {self.checkpoint_path}")
+
+    @staticmethod
+    def _iterations(engine: Engine) -> int:
+        """Of the whole run."""
+        return int(engine.state.max_epochs * engine.state.epoch_length)
 
     def __call__(self, engine: Engine) -> None:
         weights = (self.parts["network"] if self.average is None else self.average.model.module).state_dict()
@@ -284,7 +299,13 @@ class ResumableCheckpoint:
             self._write({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, self.model_path)
         state = {name: part.state_dict() for name, part in self.parts.items()}
         self._write(
-            {**state, "epoch": engine.state.epoch, "best": self.best, "best_epoch": self.best_epoch},
+            {
+                **state,
+                "epoch": engine.state.epoch,
+                "iterations": self._iterations(engine),
+                "best": self.best,
+                "best_epoch": self.best_epoch,
+            },
             self.checkpoint_path,
         )
 
@@ -298,6 +319,16 @@ class ResumableCheckpoint:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _reschedule(scheduler: Any, rates: Iterable[float], steps: int) -> None:
+    """Bring a scheduler as it is at the beginning of a run, with these learning rates, to where it is after some steps."""
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about steps of the scheduler alone
+        for _ in range(steps):
+            scheduler.step()
 
 
 class Progress:
