@@ -196,7 +196,7 @@ def test_an_output_that_could_not_be_written_is_refused_before_anything_is_learn
     result = learned(plane, tmp_path / "documents", "--overwrite")
     assert result.returncode == 1 and "so not an older output" in result.stderr
     result = learned(plane, plane / "start", "--overwrite")
-    assert result.returncode == 1 and "is what is merged" in result.stderr
+    assert result.returncode == 1 and "would replace" in result.stderr
 
 
 def test_entropy_is_that_of_each_tasks_softmax(plane, tmp_path):

@@ -1,6 +1,7 @@
 """Tasks of a merged bundle come, go and change their weight; the result is that of merging from scratch."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +42,18 @@ def test_adding_removing_and_reweighting_equal_merging_from_scratch(chain, tmp_p
     run("tools", "edit", "--bundle", "three", "--remove", "liver", "--output", "three", "--overwrite", cwd=tmp_path)
     assert weights(tmp_path / "three") == scratch(chain, tmp_path / "c", ["spleen"], scale=[-0.2])
     assert Bundle(tmp_path / "three").labels == ["spleen"]
+
+
+def test_a_task_may_be_called_by_a_number_and_a_bundle_reached_by_a_link(chain, tmp_path):
+    start, liver, vector = chain.pretrain, chain.specialists["liver"], tmp_path / "deep" / "v.safetensors"
+    run("tools", "diff", "--pretrained", start, "--finetuned", liver, "--task", "6", "--output", vector)
+    merge(
+        str(tmp_path / "deep/er/one"), pretrained=str(start), vectors=str(vector), method="task_arithmetic", scale=0.5
+    )
+    (tmp_path / "link").symlink_to(tmp_path / "deep/er/one")
+    run("tools", "edit", "--bundle", tmp_path / "link", "--scale", "{6: 0.3}", "--output", tmp_path / "two")
+    assert weights(tmp_path / "two") == scratch(chain, tmp_path / "a", ["liver"], scale=[0.3])
+    assert [Path(v).resolve() for v in Recipe.read(tmp_path / "two/docs/recipe.yaml").vectors] == [vector.resolve()]
 
 
 def test_what_cannot_be_edited_is_refused(chain, tmp_path, one):

@@ -16,11 +16,12 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from tests.conftest import ROOT, here, run
-from tools.bundle import Bundle
+from tools.bundle import Bundle, read_json, write_json
 from tools.errors import UserError
 from tools.heads import stacked_head
 from tools.recipe import Recipe
 from tools.task_vector import FORMAT, TaskVector
+from tools.weights_file import WeightsFile
 
 
 def logits(bundle, x):
@@ -235,7 +236,7 @@ def test_existing_output_is_kept_unless_told_otherwise(chain, tmp_path):
     words = ["--vectors", chain.vectors["liver"], "--overwrite"]
     for output in (chain.pretrain, chain.vectors["liver"]):
         before = sorted(output.rglob("*"))
-        refused(here("tools", "merge", "--pretrained", chain.pretrain, *words, "--output", output), "is what is merged")
+        refused(here("tools", "merge", "--pretrained", chain.pretrain, *words, "--output", output), "would replace")
         assert sorted(output.rglob("*")) == before
     words = ["--pretrained", chain.pretrain, "--finetuned", chain.specialists["liver"], "--overwrite"]
     refused(here("tools", "diff", *words, "--output", chain.merged), "is to be a file, and is a folder")
@@ -390,6 +391,78 @@ def test_diff_refuses_another_network_and_another_start(chain, tmp_path):
     state["encoders.0.basic_module.conv1.bias"] = torch.zeros(3)
     torch.save(state, other / "models/model.pt")
     refused(run("tools", "diff", "--pretrained", other, *arguments, check=False), "not the same network", "conv1.bias")
+
+
+def test_diff_looks_at_what_weights_do_not_show(chain, tmp_path):
+    """The activation, the preprocessing, and names that no task vector may have."""
+    other = tmp_path / "other"
+    shutil.copytree(chain.specialists["liver"], other)
+    words = [
+        "--pretrained",
+        chain.pretrain,
+        "--finetuned",
+        other,
+        "--output",
+        tmp_path / "v.safetensors",
+        "--overwrite",
+    ]
+    inference, metadata = (read_json(other / f"configs/{name}.json") for name in ("inference", "metadata"))
+    definition = {**inference["network_def"], "activation": "elu"}
+    write_json(other / "configs/inference.json", inference | {"network_def": definition})
+    result = here("tools", "diff", *words)
+    refused(result, "are not the same network: activation is not set in the first and elu in the second")
+    transforms = [*inference["preprocessing"]["transforms"], {"_target_": "ScaleIntensityd", "keys": "image"}]
+    preprocessing = {**inference["preprocessing"], "transforms": transforms}
+    write_json(other / "configs/inference.json", inference | {"preprocessing": preprocessing})
+    assert "preprocesses images otherwise" in here("tools", "diff", *words).stdout
+    write_json(other / "configs/inference.json", inference)
+    assert "preprocesses" not in here("tools", "diff", *words).stdout
+    refused(here("tools", "diff", *words, "--task", "li\nver"), "other, or --task: task and labels must be names")
+    write_json(other / "configs/metadata.json", metadata | {"label_map": {"liver": 1}})
+    refused(here("tools", "diff", *words), "label_map must have a list for each label")
+
+
+def test_half_a_precision_does_not_round_the_fine_tuning_away(chain, tmp_path):
+    """A starting point in float16, a specialist in float32: merged in float32, bit for bit unless told otherwise."""
+    for name, path in (("start", chain.pretrain), ("liver", chain.specialists["liver"])):
+        shutil.copytree(path, tmp_path / name)
+        write_json(
+            tmp_path / name / "configs/metadata.json", read_json(path / "configs/metadata.json") | {"lineage": {}}
+        )
+    torch.save({n: t.half() for n, t in Bundle(chain.pretrain).state().items()}, tmp_path / "start/models/model.pt")
+    words = ["--pretrained", tmp_path / "start", "--method", "task_arithmetic", "--scale", 1]
+    run("tools", "diff", *words[:2], "--finetuned", tmp_path / "liver", "--output", tmp_path / "v.safetensors")
+    words += ["--vectors", tmp_path / "v.safetensors", "--output"]
+    run("tools", "merge", *words, tmp_path / "m")
+    merged, specialist = Bundle(tmp_path / "m").state(), Bundle(tmp_path / "liver").state()
+    assert all(torch.equal(merged[name], specialist[name]) for name in specialist if not name.startswith("head."))
+    path = tmp_path / "start/models/model.pt"
+    data = bytearray(path.read_bytes())
+    data[WeightsFile(path).entries["encoders.0.basic_module.conv1.weight"].offset + 5] ^= 4
+    path.write_bytes(data)
+    refused(here("tools", "merge", *words, tmp_path / "n", "--other_start"), "model.pt is damaged")
+
+
+def test_heads_that_do_not_fit_a_half_precision_are_refused(chain, tmp_path):
+    liver = tmp_path / "liver"
+    shutil.copytree(chain.specialists["liver"], liver)
+    state = Bundle(liver).state()
+    torch.save(state | {"head.bias": state["head.bias"] + torch.tensor([0.0, 1e5])}, liver / "models/model.pt")
+    run("tools", "diff", "--pretrained", chain.pretrain, "--finetuned", liver, "--output", tmp_path / "v.safetensors")
+    recipe = {"pretrained": str(chain.pretrain), "vectors": [str(tmp_path / "v.safetensors")], "dtype": "float16"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    result = here("tools", "merge", "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "m")
+    refused(result, "head.bias does not fit float16")
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_starting_point_without_its_head_is_refused(chain, tmp_path):
+    shutil.copytree(chain.pretrain, tmp_path / "start")
+    state = Bundle(tmp_path / "start").state()
+    del state["head.bias"]
+    torch.save(state, tmp_path / "start/models/model.pt")
+    words = ["--pretrained", tmp_path / "start", "--vectors", chain.vectors["liver"], "--output", tmp_path / "m"]
+    refused(here("tools", "merge", *words), "lacks the tensor head.bias of the head")
 
 
 def test_the_same_diff_gives_the_same_bytes(chain, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 
 from tests.conftest import run
 from tools.errors import UserError
+from tools.inspect import describe_vector
 from tools.mergeability import mergeability
 from tools.network import Structure
 from tools.task_vector import Facts, TaskVector, save_task_vector
@@ -49,6 +50,19 @@ def test_measures_are_those_of_the_whole_vectors(tmp_path, deltas):
         np.testing.assert_allclose(result[measure], np.transpose(result[measure]), atol=1e-5)
     norms = result["parts"]["enc.0"]["norm"]
     assert norms[2] == pytest.approx(np.sqrt(sum(np.sum(deltas[2][n] ** 2) for n in list(SHAPES)[:2])), rel=1e-5)
+
+
+def test_running_statistics_are_no_weights(tmp_path, deltas):
+    """They grow with the scale of the images, and no method merges them."""
+    with_statistics = [{**d, "enc.0.running_var": 1000 * np.ones(16)} for d in deltas]
+    plain, other = (
+        [saved(tmp_path / f"{name}{i}.safetensors", d) for i, d in enumerate(found)]
+        for name, found in (("plain", deltas), ("other", with_statistics))
+    )
+    for vector in other:
+        vector.facts.structure.statistics.append("enc.0.running_var")
+    assert mergeability(other) == {**mergeability(plain), "tasks": [vector.task for vector in other]}
+    assert describe_vector(other[0])["norm"] == describe_vector(plain[0])["norm"]
 
 
 def test_opposite_and_unrelated_vectors(tmp_path, deltas):

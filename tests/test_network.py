@@ -156,6 +156,13 @@ def test_the_decoder_is_what_comes_after_the_bottleneck(kind):
         assert order == sorted(order, key=["encoder", "decoder"].index)
 
 
+def test_the_groups_of_unetr_plus_plus():
+    definition = {"_target_": "tools.bundle_code.unetr_pp.UNETRPlusPlus", "in_channels": 1, "img_size": [16, 32, 32]}
+    names = [*build({**definition, "out_channels": 2}, 2).state_dict()]
+    assert {group_of(name) for name in names if name.startswith("unetr_pp_encoder.")} == {"encoder"}
+    assert {group_of(name) for name in names if name.startswith("decoder")} == {"decoder"}
+
+
 def test_the_groups_of_stunets_tensors():
     network = build({"_target_": "tools.bundle_code.stunet.STUNet", "out_channels": 2, "size": "small"}, 2)
     names = [name for name in network.state_dict() if not name.startswith("seg_outputs.")]

@@ -411,6 +411,13 @@ def test_a_zip_is_compared_with_the_task_vectors_beside_it(family):
     here("tools", "pack", family / "merged", "--output", family)
     (archive,) = family.glob("*.zip")
     assert "2 of them here and as recorded" in verified(archive)
+    deep = family / "a/b/c/d/e/f"  # further down than temporary folders are
+    deep.mkdir(parents=True)
+    shutil.copytree(family / "merged", deep / "merged")
+    recipe = deep / "merged/docs/recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("- ../../", "- ../../../../../../../../"))
+    here("tools", "pack", deep / "merged", "--output", deep)
+    assert "2 of them here and as recorded" in verified(next(deep.glob("*.zip")))
     shutil.copyfile(family / "spleen.safetensors", family / "liver.safetensors")
     failed(archive, "lineage", f"{family}/liver.safetensors is another task vector")
 

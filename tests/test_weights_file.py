@@ -176,6 +176,11 @@ def test_hostile_files_are_refused(tmp_path):
     refused(path, "numbers more things than it has")
     archive(path, b"\x80\x05\x96\x08" + bytes(7) + b"AAAAAAAA.", data__0=data)
     refused(path, "an instruction BYTEARRAY8")
+    bomb = b"\x80\x02}(K\x00K\x01\x86q\x00"  # a tuple of a tuple twice, and so on, to be hashed as a key
+    for slot in range(60):
+        bomb += b"h" + bytes([slot]) + b"\x86q" + bytes([slot + 1])
+    archive(path, bomb + b"Nu.", data__0=data)
+    refused(path, "a tuple larger than tensors need")
     path.write_bytes(b"")
     refused(path, "not a readable file of weights")
     refused(tmp_path / "none.pt", "not found")

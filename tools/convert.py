@@ -73,7 +73,7 @@ def convert(
             there = f"it has {', '.join(f'--{n}' for n in known)}" if known else "it has none"
             raise UserError(f"source {source} has no option --{name}{nearest(name, known)}; {there}")
     path = Path(checkpoint)
-    with complete_output(output, overwrite) as folder:
+    with complete_output(output, overwrite, inputs=[path]) as folder:
         try:
             conversion = read(path, **options)
         except UNFORESEEN as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,10 +14,13 @@ from tools.bundle import Bundle
 from tools.errors import UserError
 from tools.heads import canonical_head
 from tools.lineage import backbone_sha256
-from tools.network import Structure
+from tools.merge_engine import HALF
+from tools.network import Structure, output_argument
 from tools.output import complete_output
 from tools.task_vector import Facts, save_task_vector
 from tools.weights_file import WeightsFile
+
+WITHOUT_EFFECT = re.compile("drop|checkpoint")  # on what a trained network computes: of training alone
 
 
 def diff(pretrained: str, finetuned: str, output: str, task: str = "", overwrite: bool = False) -> None:
@@ -38,6 +43,7 @@ def diff(pretrained: str, finetuned: str, output: str, task: str = "", overwrite
     for weights in (before, after):
         weights.verify()
     _check_backbones(start, before, specialist, after, structure)
+    _check_configs(start, specialist)
     lineage = specialist.metadata.get("lineage", {})
     pretrained_sha256 = backbone_sha256(before, structure)
     if lineage.get("pretrained_sha256", pretrained_sha256) != pretrained_sha256:
@@ -56,13 +62,18 @@ def diff(pretrained: str, finetuned: str, output: str, task: str = "", overwrite
         pretrained_name=start.name,
         tool_version=__version__,
         data=specialist.data,
+        dtype=widest([entry.dtype for entry in after.entries.values() if entry.is_floating]),
     )
+    try:
+        facts.check()
+    except ValueError as error:
+        raise UserError(f"{specialist.path}, or --task: {error}") from None
     backbone = {n: e for n, e in before.entries.items() if n not in structure.not_merged}
     floating = [name for name, entry in backbone.items() if entry.is_floating]
 
     head = {name: canonical_head(structure, name, after.array(name).astype(np.float32)) for name in structure.head}
     buffers = {name: after.array(name) for name in backbone if name not in floating}
-    with complete_output(output, overwrite) as path:
+    with complete_output(output, overwrite, inputs=[pretrained, finetuned]) as path:
         save_task_vector(path, facts, Pairs(before, after, floating), head, buffers)
     size = 4 * sum(backbone[name].size for name in floating) / 2**20
     print(f"{output}: task {facts.task}, {len(floating)} tensors, {size:.1f} MiB, channels {', '.join(facts.labels)}")
@@ -111,3 +122,27 @@ def _check_backbones(
                 f"{finetuned.model_file}: head tensor {name} does not have 1 + {len(finetuned.labels)} output channels, "
                 "one for each label in metadata.json and one for the background"
             )
+
+
+def _check_configs(pretrained: Bundle, finetuned: Bundle) -> None:
+    """Refuse networks whose weights fit and which compute otherwise; a merge has the starting point's network."""
+    own, other = (bundle.network_def() for bundle in (pretrained, finetuned))
+    if own["_target_"] == other["_target_"]:
+        free = {output_argument(other)}
+        for name in {*own, *other} - free:
+            if own.get(name) != other.get(name) and not WITHOUT_EFFECT.search(name):
+                raise UserError(
+                    f"{pretrained.path} and {finetuned.path} are not the same network: {name} is {own.get(name, 'not set')} in "
+                    f"the first and {other.get(name, 'not set')} in the second"
+                )
+    with suppress(UserError):  # one of them is no plain values
+        if pretrained.resolved("preprocessing") != finetuned.resolved("preprocessing"):
+            print(
+                f"warning: {finetuned.path} preprocesses images otherwise than {pretrained.path}, and a merge does it as that "
+                "one: compare preprocessing in their configs/inference.json"
+            )
+
+
+def widest(dtypes: Sequence[str]) -> str:
+    """float32 if any weight has it or more, else the half precision that all have."""
+    return dtypes[0] if dtypes and set(dtypes) <= {dtypes[0]} & set(HALF) else "float32"

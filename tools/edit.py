@@ -128,6 +128,7 @@ def _reweighted(name: str, value: Any, old: Any, method: str, tasks: Mapping[str
     """A parameter with new values for some tasks."""
     if not isinstance(value, dict):
         return list(value) if isinstance(value, tuple) else value
+    value = {str(task): number for task, number in value.items()}  # a name may be a number
     for task in value:
         if task not in tasks:
             raise UserError(f"--{name}: no task {task!r}{nearest(str(task), tasks)}; there are {', '.join(tasks)}")

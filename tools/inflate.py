@@ -65,13 +65,14 @@ def inflate(
     mode = mode if isinstance(mode, str) else _numbers("mode", mode)
     depth_taps(1, mode)  # so that a wrong one is noticed here
     deep_def, source = _definition(network_def)
+    inputs = [weights, *([source.path] if source else [])]
     if "window" in deep_def:
         if source is None or network_2d or labels is not None or patch_size is not None:
             raise UserError(
                 "a network of windows is a bundle's, and takes its labels and patch_size from there: --network_def "
                 "bundles/pretrain_inflated, or what new_pretraining made of it, without --network_2d, --labels and --patch_size"
             )
-        with complete_output(output, overwrite) as folder, source.code():
+        with complete_output(output, overwrite, inputs=inputs) as folder, source.code():
             conversion = _fill(folder, source, Path(weights), deep_def, mode)
         _report(output, conversion)
         return
@@ -80,7 +81,7 @@ def inflate(
     for definition in (deep_def, flat_def):
         definition[output_argument(definition)] = 1 + len(names)
     size = _patch_size(patch_size, deep_def, source)
-    with complete_output(output, overwrite) as folder, _code(source):
+    with complete_output(output, overwrite, inputs=inputs) as folder, _code(source):
         result = _inflated(Path(weights), deep_def, flat_def, mode, size)
         conversion = _conversion(result, Path(weights), deep_def, mode, size)
         conversion.labels = {name: [name] for name in names}

@@ -33,7 +33,10 @@ def stated_facts(said: Mapping[str, Any], unnamed: str) -> dict[str, str]:
 
 def copy_template(template: Path, output: Path) -> None:
     """Copy a bundle without its weights, checkpoints and results."""
-    shutil.copytree(template, output, ignore=shutil.ignore_patterns(*LEFT_OUT))
+    try:
+        shutil.copytree(template, output, ignore=shutil.ignore_patterns(*LEFT_OUT))
+    except shutil.Error as error:  # a line for each file
+        raise UserError(f"{template} cannot be copied: {error.args[0][0][2]}") from None
     (output / "models").mkdir()
 
 

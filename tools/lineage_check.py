@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -93,12 +92,12 @@ def _vectors(bundle: Bundle, home: Path, recorded: Any, where: Path) -> list[str
     path = bundle.path / "docs" / "recipe.yaml"
     if not path.is_file():
         return [f"{len(names)} task vectors, no docs/recipe.yaml"]
-    recipe = Recipe.read(path)
+    recipe = Recipe.read(path, home / "docs")
     if len(recipe.vectors) != len(names):
         raise UserError(f"{path} has {len(recipe.vectors)} task vectors, the lineage in the metadata {len(names)}")
     present = 0
     for file, name, sha256 in zip(recipe.vectors, names, identities, strict=True):
-        places = (home / os.path.relpath(file, bundle.path), home.parent / name)
+        places = (Path(file), home.parent / name)
         if found := next((place for place in places if place.is_file()), None):
             present += 1
             if TaskVector(found).sha256 != sha256:

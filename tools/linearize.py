@@ -42,7 +42,7 @@ def linearize(bundle: str, output: str, overwrite: bool = False) -> None:
     if structure.statistics or structure.constants:
         name = (structure.statistics + structure.constants)[0]
         raise UserError(f"{bundle} cannot be linearised: {name} is no parameter (running statistics, for example)")
-    with complete_output(output, overwrite) as folder, tempfile.TemporaryDirectory() as temporary:
+    with complete_output(output, overwrite, inputs=[bundle]) as folder, tempfile.TemporaryDirectory() as temporary:
         conversion = read(source.path)
         conversion.scripts = Path(temporary)
         if (own := source.path / "scripts").is_dir():  # MONAI's networks need none

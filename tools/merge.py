@@ -236,6 +236,8 @@ def write_weights(path: Path, engine: MergeEngine, whole: Mapping[str, np.ndarra
         for name in engine.structure.constants:
             yield name, iter([to_bytes(engine.start.array(name), layout[name][0])])
         for name, tensor in whole.items():
+            if layout[name][0] == "float16" and np.abs(tensor).max(initial=0) > np.finfo(np.float16).max:
+                raise UserError(f"the merged tensor {name} does not fit float16: choose another --dtype")
             yield name, iter([to_bytes(tensor, layout[name][0])])
 
     write_torch(path, layout, _with_progress(data(), engine, layout), aliases)
@@ -305,8 +307,11 @@ def check_vectors(
                 f"{shapes.get(name, 'missing')} in the first and {floating.get(name, 'missing')} in the second"
             )
     for name in structure.head:
-        if name in weights.entries:
-            weights.read(name)  # it is replaced, but a starting point with NaN in it is nobody's
+        if name not in weights.entries:
+            raise UserError(f"{start.model_file} is not whole: it lacks the tensor {name} of the head")
+        weights.read(name)  # it is replaced, but a starting point with NaN in it is nobody's
+    if other_start:
+        weights.verify()  # else every block is compared with what the vectors came from
 
 
 def _stack_labels(paths: Sequence[str], vectors: Sequence[TaskVector]) -> dict[str, list[int | str]]:

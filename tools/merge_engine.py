@@ -27,6 +27,7 @@ from tools.weights_file import BLOCK, WeightsFile, is_finite, to_bytes
 
 THREADS = min(4, os.cpu_count() or 1)
 SMALLEST_VARIANCE = 1e-12
+HALF = ("float16", "bfloat16")
 SAMPLED = 2**27  # entries of a task vector from which on its sample is thinned out
 
 
@@ -48,6 +49,7 @@ class MergeEngine:
         self.names = [name for name in start.entries if name in vectors[0].tensors]
         self._check_patterns()
         self.vectors = vectors
+        self._in_float32 = any(vector.facts.dtype not in HALF for vector in vectors)
         if recipe.sparsify:
             sparsifier, values = SPARSIFIERS[recipe.sparsify["method"]], recipe.sparsify.get("parameters") or {}
             whole = set(self.structure.statistics)
@@ -66,8 +68,9 @@ class MergeEngine:
         self._depth = {name: i / max(1, len(self.names) - 1) for i, name in enumerate(self.names)}
 
     def dtype(self, name: str) -> str:
-        """Of a merged tensor."""
-        return self.recipe.dtype or self.start.entries[name].dtype
+        """Of a merged tensor: as the recipe says, or else the starting point's; float32 where half of it would round τ away."""
+        own = self.start.entries[name].dtype
+        return self.recipe.dtype or ("float32" if own in HALF and self._in_float32 else own)
 
     def treatment(self, name: str) -> str:
         """What is done with a tensor: "kept", "mean" (running statistics), "scaled mean" (no matrix, or nothing was measured of
@@ -138,6 +141,8 @@ class MergeEngine:
             if not is_finite(merged.astype(np.float16) if self.dtype(name) == "float16" else merged):
                 for vector in self.vectors:
                     vector.check_finite(name)
+                if is_finite(merged):
+                    raise UserError(f"the merged tensor {name} does not fit float16: choose another --dtype")
                 raise UserError(f"the merged tensor {name} has infinite values: the coefficients are too large")
         return name, data
 

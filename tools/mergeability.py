@@ -46,8 +46,11 @@ def mergeability(vectors: Sequence[TaskVector], pretrained: WeightsFile | None =
     Raises:
         UserError: they are not of the same network.
     """
-    tensors = vectors[0].tensors
-    shapes = [{name: tensor.shape for name, tensor in vector.tensors.items()} for vector in vectors]
+    statistics = vectors[0].facts.structure.statistics  # running means and variances, which no method merges as weights
+    tensors = {name: tensor for name, tensor in vectors[0].tensors.items() if name not in statistics}
+    shapes = [
+        {name: vector.tensors[name].shape for name in vector.tensors if name not in statistics} for vector in vectors
+    ]
     if any(other != shapes[0] for other in shapes):
         raise UserError("these task vectors are not of the same network")
     thresholds = [magnitude_of_share(Entries(vector, list(tensors)), TOP) for vector in vectors]

@@ -17,8 +17,8 @@ from tools.heads import find_last_layer
 if TYPE_CHECKING:
     from torch import nn
 
-ENCODER = re.compile("enc|down|vit|swin|in_|input|stem|patch", re.IGNORECASE)
-DECODER = re.compile("dec|up|out|final|conv_final|conv_blocks_localization|seg|attention|merge", re.IGNORECASE)
+ENCODER = re.compile("enc|down|vit|swin|in_|input|stem|patch|.*_enc", re.IGNORECASE)
+DECODER = re.compile("dec|up|out|final|conv_final|conv_blocks_localization|seg|attention|merge|.*_dec", re.IGNORECASE)
 WITHOUT_SPARE_CHANNELS = "scripts.stacked_head.without_spare_channels"
 LINEARIZED = "scripts.tangent.tangent_network"
 OUTPUT_ARGUMENTS = ("out_channels", "num_classes", "n_classes", "out_chans")

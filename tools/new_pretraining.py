@@ -46,7 +46,7 @@ def new_pretraining(
     for folder in folders:
         check_channels(folder, source)
     directories = [str(Path(folder).resolve()) for folder in folders]
-    with complete_output(output, overwrite) as folder:
+    with complete_output(output, overwrite, inputs=[source.path, *folders]) as folder:
         copy_template(source.path, folder)
         if supervised:
             set_labels(folder, label_map, dataset_dir)

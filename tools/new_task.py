@@ -72,7 +72,7 @@ def new_task(
         raise UserError("--task (or --preset) is missing: it names the task, and its output channel")
     label_map = resolve(dataset_dir, parse_channels(labels) or {task: task if labels is None else labels})
     check_channels(dataset_dir, start)
-    with complete_output(output, overwrite) as folder:
+    with complete_output(output, overwrite, inputs=[start.path, dataset_dir]) as folder:
         copy_template(TEMPLATE, folder)
         set_starting_point(folder, start, structure, out_channels=1 + len(label_map))
         set_labels(folder, label_map, dataset_dir)

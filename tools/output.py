@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,9 @@ from tools.errors import UserError
 
 
 @contextmanager
-def complete_output(path: str | Path, overwrite: bool = False, sign: str = "configs/metadata.json") -> Iterator[Path]:
+def complete_output(
+    path: str | Path, overwrite: bool = False, sign: str = "configs/metadata.json", inputs: Iterable[str | Path] = ()
+) -> Iterator[Path]:
     """A temporary path to write a file or a folder to; it takes the name ``path`` when the block ends without an error.
 
     When the block fails or is interrupted, what was written is removed and an older output stays as it was.
@@ -21,20 +24,25 @@ def complete_output(path: str | Path, overwrite: bool = False, sign: str = "conf
         path: where the output goes.
         overwrite: replace an older output.
         sign: the file by which an older output folder is known to be one, and not somebody's documents.
+        inputs: files and folders that it is made of, which it must not replace.
 
     Raises:
-        UserError: ``path`` exists and ``overwrite`` is not set, or is a folder without the sign, or neither file nor folder, or
-            a folder where a file is to be, or the other way round.
+        UserError: ``check_output`` refuses the path, it is a folder where a file is to be or the other way round, or another
+            process has written it meanwhile and ``overwrite`` is not set.
     """
-    path = check_output(path, overwrite, sign)
+    path = check_output(path, overwrite, sign, inputs)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    own = f".{path.name}.{os.getpid()}_{secrets.token_hex(4)}"  # processes of two containers may have one number
+    temporary, old = path.with_name(f"{own}.partial"), path.with_name(f"{own}.old")
     try:
         yield temporary
         if path.exists() and path.is_dir() != temporary.is_dir():
             kinds = ("file", "folder") if path.is_dir() else ("folder", "file")
             raise UserError(f"{path} is to be a {kinds[0]}, and is a {kinds[1]}; choose another --output")
+        if path.exists() and not overwrite:
+            raise UserError(
+                f"{path} was written by another process meanwhile; choose another --output, or add --overwrite"
+            )
         if path.exists():
             path.rename(old)
         temporary.rename(path)
@@ -62,13 +70,13 @@ def check_output(
         inputs: files and folders that it is made of, which it must not replace.
 
     Raises:
-        UserError: the path is one of the inputs, exists and ``overwrite`` is not set, is a folder without the sign, or neither
-            file nor folder.
+        UserError: the path is one of the inputs, or a folder that has one in it, exists and ``overwrite`` is not set, is a folder
+            without the sign, or neither file nor folder.
     """
     path = Path(str(path))  # a folder called 2024 is a number where a script gives one
-    path = path if path.name else path.resolve()  # "." has no name
-    if any(Path(source).resolve() == path.resolve() for source in inputs):
-        raise UserError(f"{path} is what is merged; choose another --output")
+    path = path if path.name and not path.is_symlink() else path.resolve()  # "." has no name; a link stays where it is
+    if found := next((source for source in inputs if Path(source).resolve().is_relative_to(path.resolve())), None):
+        raise UserError(f"--output {path} would replace {found}, of which it is made; choose another --output")
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists; choose another --output, or add --overwrite")
     if path.is_dir() and any(path.iterdir()) and not (path / sign).is_file():

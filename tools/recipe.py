@@ -66,8 +66,12 @@ class Recipe:
         check(asdict(self), lambda place: "")
 
     @classmethod
-    def read(cls, path: str | Path) -> Recipe:
+    def read(cls, path: str | Path, home: Path | None = None) -> Recipe:
         """Read a recipe; relative paths in it are relative to its folder.
+
+        Args:
+            path: of the file.
+            home: the folder that they are relative to instead.
 
         Raises:
             UserError: no such file, not YAML, an unknown, double or missing entry, a wrong type, a value out of range; with
@@ -95,7 +99,9 @@ class Recipe:
             return f"{path}, line {lines[place]}: " if place else f"{path}: "
 
         content = check(content, where)
-        folder = Path(path).parent
+        folder = home or Path(path).parent
+        if folder.resolve() != Path(os.path.abspath(folder)):  # behind a link ".." is another folder than it looks like
+            folder = folder.resolve()
         content["pretrained"] = os.path.normpath(folder / content["pretrained"])
         content["vectors"] = [os.path.normpath(folder / vector) for vector in content["vectors"]]
         if content.get("heads"):
@@ -106,8 +112,12 @@ class Recipe:
 
     def relative_to(self, folder: Path) -> Recipe:
         """The same with paths as they are written in a recipe in this folder."""
-        pretrained, *vectors = (os.path.relpath(path, folder) for path in (self.pretrained, *self.vectors))
-        heads = os.path.relpath(self.heads, folder) if self.heads else ""
+
+        def relative(path: str) -> str:
+            return os.path.relpath(Path(path).parent.resolve() / Path(path).name, Path(folder).resolve())
+
+        pretrained, *vectors = map(relative, (self.pretrained, *self.vectors))
+        heads = relative(self.heads) if self.heads else ""
         return replace(self, pretrained=pretrained, vectors=vectors, heads=heads)
 
     def as_dict(self) -> dict[str, Any]:

@@ -43,6 +43,7 @@ class Facts:
         pretrained_name: what the starting point was called; for people.
         tool_version: of the tools that wrote it.
         data: what it was fine-tuned on: "dataset", "licence" and "reference", as far as known; for people.
+        dtype: of the specialist's weights, "float32" where it was not recorded.
     """
 
     task: str
@@ -55,6 +56,7 @@ class Facts:
     pretrained_name: str = ""
     tool_version: str = ""
     data: dict[str, str] = field(default_factory=dict)
+    dtype: str = "float32"
 
     def check(self) -> None:
         """Refuse what no ``diff`` writes.
@@ -62,7 +64,7 @@ class Facts:
         Raises:
             ValueError: names the entry.
         """
-        texts = ("task", "pretrained_sha256", "finetuned_sha256", "pretrained_name", "tool_version")
+        texts = ("task", "pretrained_sha256", "finetuned_sha256", "pretrained_name", "tool_version", "dtype")
         for name in texts:
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be text")
@@ -75,6 +77,8 @@ class Facts:
             raise ValueError("labels must differ, and none may be the background")
         if not isinstance(self.network_def, dict) or not isinstance(self.label_map, dict):
             raise ValueError("network_def and label_map must be dictionaries")
+        if not all(isinstance(values, list) for values in self.label_map.values()):
+            raise ValueError("label_map must have a list for each label")
         values = [value for values in self.label_map.values() for value in values]
         if not all(isinstance(value, str | int) for value in values):
             raise ValueError("label_map must have labels or their numbers")

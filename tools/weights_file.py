@@ -407,6 +407,15 @@ _OPCODES = frozenset(
     "NONE NEWTRUE NEWFALSE EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS "
     "BINPUT LONG_BINPUT BINGET LONG_BINGET MEMOIZE STACK_GLOBAL".split()
 )
+_MEMORISED = ("BINPUT", "LONG_BINPUT", "MEMOIZE")
+_TUPLES = {
+    "TUPLE": None,
+    "TUPLE1": 1,
+    "TUPLE2": 2,
+    "TUPLE3": 3,
+}  # and how many items they take; None: those from the mark on
+_TAKEN = {"BUILD": 1, "APPEND": 1, "APPENDS": None, "SETITEM": 2, "SETITEMS": None}
+LARGEST_TUPLE = 10_000
 _HARMLESS = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
@@ -423,7 +432,48 @@ def _unpickled(data: bytes) -> object:
             data
         ):  # the unpickler would make a table of that many entries
             raise pickle.UnpicklingError("it numbers more things than it has")
+    _check_tuples(data)
     return _Unpickler(io.BytesIO(data)).load()
+
+
+def _check_tuples(data: bytes) -> None:
+    """Refuse tuples of tuples that a few bytes make larger than any memory: hashing one, as a key, would take for ever.
+
+    The sizes of what an unpickler would have on its stack are followed; all but tuples count as one.
+    """
+    stack: list[int] = []
+    marks: list[int] = []
+    memo: dict[int, int] = {}
+
+    def popped(count: int | None) -> list[int]:
+        start = marks.pop() if count is None else len(stack) - count
+        items = stack[start:]
+        if start < 0 or (count and len(items) < count):
+            raise pickle.UnpicklingError("it takes more from its stack than there is")
+        del stack[start:]
+        return items
+
+    for opcode, argument, _ in pickletools.genops(data):
+        name = opcode.name
+        if name == "MARK":
+            marks.append(len(stack))
+        elif name in _MEMORISED:
+            memo[len(memo) if argument is None else argument] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name in _TUPLES:
+            stack.append(1 + sum(popped(_TUPLES[name])))
+            if stack[-1] > LARGEST_TUPLE:
+                raise pickle.UnpicklingError("it has a tuple larger than tensors need")
+        elif name in _TAKEN:
+            popped(_TAKEN[name])
+        else:
+            if name in ("REDUCE", "STACK_GLOBAL"):
+                popped(2)
+            elif name == "BINPERSID":
+                popped(1)
+            if name not in ("PROTO", "FRAME", "STOP"):
+                stack.append(1)
 
 
 class _Unpickler(pickle.Unpickler):

@@ -14,6 +14,7 @@ from tests.conftest import ROOT, here, run, train
 from tests.test_merge import refused
 from tools.bundle import Bundle
 from tools.bundle_code.stunet import STUNet
+from tools.importers.stunet import PlansUnpickler
 
 OFFICIAL_STRIDES = [[2, 2, 2]] * 4 + [[1, 1, 2]]  # z, y, x
 TINY = [2, 3, 4, 4, 5, 5]
@@ -131,6 +132,13 @@ def test_the_label_tables_are_consistent():
     assert sorted(mapping.values()) == list(range(1, 105))
     known = {"spleen": 1, "kidney_right": 2, "kidney_left": 3, "gallbladder": 4, "liver": 5, "urinary_bladder": 104}
     assert known.items() <= mapping.items()
+
+
+def test_plans_may_be_of_either_numpy(tmp_path):
+    content = {"n": np.int64(3), "size": np.arange(3)}
+    for text in (pickled(content), pickle.dumps(content, 4)):
+        found = PlansUnpickler(io.BytesIO(text)).load()
+        assert found["n"] == 3 and found["size"].tolist() == [0, 1, 2]
 
 
 def test_small_is_recognised_and_loads_strictly(official, tmp_path):

@@ -188,8 +188,11 @@ class PlansUnpickler(pickle.Unpickler):
             "collections.OrderedDict": OrderedDict,
             "numpy.dtype": np.dtype,
             "numpy.ndarray": np.ndarray,
-            "numpy.core.multiarray._reconstruct": np._core.multiarray._reconstruct,
-            "numpy.core.multiarray.scalar": np._core.multiarray.scalar,
+            **{
+                f"numpy.{core}.multiarray.{part}": getattr(np._core.multiarray, part)
+                for core in ("core", "_core")  # of NumPy 1 and 2
+                for part in ("_reconstruct", "scalar")
+            },
         }
         if f"{module}.{name}" not in harmless:
             raise UserError(f"it names {module}.{name}, which plans do not need and which might do anything")

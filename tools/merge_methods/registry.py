@@ -7,6 +7,7 @@ recipe's schema, their docstrings the reference.
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -113,7 +114,8 @@ class Parameter:
 def _as_number(value: object) -> str:
     """A hint for what people take for a number, and YAML for text, such as 1e-1."""
     with suppress(ValueError):
-        return f" (text: write {float(value)})" if isinstance(value, str) else ""
+        if isinstance(value, str) and math.isfinite(float(value)):
+            return f" (text: write {float(value)})"
     return ""
 
 
