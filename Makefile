@@ -8,7 +8,7 @@ SERVE = apps/monailabel/serve.py --studies "$(STUDIES)" --bundles "$(BUNDLE)" --
 .PHONY: demo serve dicom test test-fast bench study lint
 
 demo: .venv/ready  ## the whole chain in minutes; DATASET=<nnU-Net folder> for real images
-	$(BIN)/python -m tools demo $(if $(DATASET),--dataset_dir $(DATASET)) $(ARGS)
+	$(BIN)/python -m tools demo $(if $(DATASET),--dataset_dir "$(DATASET)") $(ARGS)
 
 serve:  ## MONAI Label on this computer: STUDIES=<folder of images, or DICOMweb URL> BUNDLE=<bundle, or folder of bundles> PORT=8000
 	@$(PYTHON) $(SERVE) --check

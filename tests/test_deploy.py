@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT, run
+from tools.bundle_code.images import LoadImageOrSeriesd
 from tools.bundle_code.residual_unet import ResidualUNet3D
 from tools.instantiate import set_labels
 
@@ -27,6 +28,17 @@ names = {segment.SegmentNumber: segment.SegmentLabel for segment in segmentation
 numpy.savez(sys.argv[2], voxels=voxels.T, **{str(number): name for number, name in names.items()})
 """
 
+OTHERS = """
+import sys
+from pydicom import dcmread
+from pydicom.uid import generate_uid
+for name, modality in (("00scout", "CT"), ("01structures", "RTSTRUCT")):  # series that come before the images
+    data = dcmread(f"{sys.argv[1]}/000.dcm")
+    data.SeriesInstanceUID, data.SOPInstanceUID, data.Modality = generate_uid(), generate_uid(), modality
+    data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID
+    data.save_as(f"{sys.argv[1]}/{name}.dcm", enforce_file_format=True)
+"""
+
 
 def by_deploy(*words, check=True):
     result = subprocess.run([PYTHON, *map(str, words)], capture_output=True, text=True, timeout=300)
@@ -38,6 +50,7 @@ def by_deploy(*words, check=True):
 def study(phantom_dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("study") / "ct"
     by_deploy(ROOT / "tests" / "dicom_ct.py", phantom_dataset / "imagesTr" / "phantom_000_0000.nii.gz", folder)
+    by_deploy("-c", OTHERS, folder)
     return folder
 
 
@@ -67,7 +80,7 @@ def test_a_dicom_study_is_segmented_as_by_monai_and_names_stay_with_their_organs
     printed = app(study, three_organs, tmp_path / "seg").stdout
     (segmentation,) = (tmp_path / "seg").iterdir()
     assert f"written: {segmentation}" in printed
-    by_deploy("-c", READ, segmentation, tmp_path / "seg.npz", *sorted(study.iterdir()))
+    by_deploy("-c", READ, segmentation, tmp_path / "seg.npz", *sorted(study.glob("???.dcm")))
     found = np.load(tmp_path / "seg.npz")
     assert [str(found[str(number)]) for number in (1, 2, 3)] == NAMES
     np.testing.assert_array_equal(found["voxels"], expected)
@@ -84,3 +97,12 @@ def test_weights_of_another_network_are_refused(study, three_organs, tmp_path):
     (broken / "models" / "model.pt").unlink()
     result = app(study, broken, tmp_path / "seg", check=False)
     assert result.returncode == 1 and "model.pt not found" in result.stderr
+
+
+def test_a_series_that_lacks_slices_is_not_read_as_if_it_were_whole(study, tmp_path):
+    shutil.copytree(study, tmp_path / "ct")
+    (tmp_path / "ct" / "003.dcm").unlink()
+    (tmp_path / "ct" / "004.dcm").unlink()
+    assert LoadImageOrSeriesd("image")({"image": str(study)})["image"].dim() == 3
+    with pytest.raises(ValueError, match="its slices are not evenly spaced"):
+        LoadImageOrSeriesd("image")({"image": str(tmp_path / "ct")})

@@ -56,6 +56,13 @@ def set_labels(output: Path, label_map: Mapping[str, list[int | str]], dataset_d
     count = 1 + len(label_map)
     names = {"0": "background", **{str(i): name for i, name in enumerate(label_map, start=1)}}
     for config, path in _configs(output, CONFIGS_WITH_NETWORK):
+        for knob in (
+            "binary",
+            "binary_labels",
+            "all_labels",
+        ):  # of pretrain_cui, which chooses between two sets of labels
+            config.pop(knob, None)
+        config.get("evaluator", {}).get("settings", {}).pop("binary", None)
         if "labels" in config:
             config["labels"] = dict(label_map)
         elif "network_def" in config:

@@ -58,7 +58,7 @@ def labelled_patches(
         SpatialPadd,
     )
 
-    from tools.bundle_code.nnunet_data import LabelsToChannelsd
+    from tools.bundle_code.nnunet_data import CheckGridd, LabelsToChannelsd
 
     values = [channel_values(bundle, dataset_dir, renamed) for bundle in bundles]
     first = bundles[0]
@@ -75,6 +75,7 @@ def labelled_patches(
         [
             LoadImaged("label"),
             EnsureChannelFirstd("label"),
+            CheckGridd("label"),
             ResampleToMatchd("label", key_dst="image", mode="nearest"),
         ]
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from tools.errors import UserError
+from tools.errors import UserError, at_least
 from tools.output import complete_output
 
 SHAPE = (80, 64, 56)  # voxels, right to left reversed (RAS), posterior to anterior, inferior to superior
@@ -90,6 +90,8 @@ def phantom(
 
     if population not in POPULATIONS:
         raise UserError(f"no population {population!r}; there are {', '.join(POPULATIONS)}")
+    at_least(1, cases=cases)
+    at_least(0, test_cases=test_cases)
     with complete_output(output, overwrite, sign="dataset.json") as folder:
         names = [("Tr", f"phantom_{i:03d}") for i in range(cases)]
         names += [("Ts", f"phantom_{i:03d}") for i in range(cases, cases + test_cases)]

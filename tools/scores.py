@@ -9,12 +9,14 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tools.errors import UserError, naming
 
-OFF_GRID = 0.1  # of a voxel: files that were written by other programs differ by rounding
+if TYPE_CHECKING:
+    from tools.bundle_code.nnunet_data import Grid
 
 
 @dataclass(frozen=True)
@@ -111,31 +113,18 @@ def load_reference(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(image[0]).round().astype(np.int32), np.asarray(image.affine, dtype=float)
 
 
-def check_grid(name: str, grid: tuple[Sequence[int], np.ndarray], image_grid: tuple[Sequence[int], np.ndarray]) -> None:
-    """Refuse a label map that does not lie on its image's voxels.
-
-    Args:
-        name: of the label map, for the message.
-        grid: its shape, and its affine from voxels to mm.
-        image_grid: the same of the image.
+def check_grid(name: str, grid: Grid, image_grid: Grid) -> None:
+    """Refuse a label map that does not lie on its image's voxels; see ``nnunet_data.check_grid``.
 
     Raises:
         UserError: names it, and says how far it is off.
     """
-    from nibabel.affines import apply_affine, voxel_sizes
+    from tools.bundle_code import nnunet_data
 
-    (shape, affine), (image_shape, image_affine) = grid, image_grid
-    if tuple(shape) != tuple(image_shape):
-        sizes = [" × ".join(map(str, size)) for size in (shape, image_shape)]
-        raise UserError(f"{name} is not on the grid of its image: {sizes[0]} voxels instead of {sizes[1]}")
-    corners = np.array([*np.ndindex(2, 2, 2)]) * (np.array(shape) - 1)
-    apart = apply_affine(affine, corners) - apply_affine(image_affine, corners)
-    off = np.linalg.norm(apart, axis=1).max() / voxel_sizes(image_affine).min()
-    if not off <= OFF_GRID:
-        raise UserError(
-            f"{name} is not on the grid of its image: the same voxel lies up to {off:.2g} voxels elsewhere; resample it to the "
-            "image, or copy the image's affine to it if only that is wrong"
-        )
+    try:
+        nnunet_data.check_grid(name, grid, image_grid)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def dice(predicted: np.ndarray, truth: np.ndarray) -> float:

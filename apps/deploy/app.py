@@ -23,7 +23,7 @@ from monai.deploy.operators.monai_bundle_inference_operator import IOMapping, Mo
 from pydicom.sr.codedict import codes
 
 TEXT = 64  # characters that a DICOM long string holds
-SERIES = {"selections": [{"name": "CT", "conditions": {"Modality": "(?i)CT"}}]}
+SERIES = {"selections": [{"name": "CT", "conditions": {"Modality": "^CT$"}}]}  # not RTSTRUCT
 
 
 class SegmentCT(Application):
@@ -42,7 +42,8 @@ class SegmentCT(Application):
     def compose(self) -> None:
         """Series, volume, bundle, segmentation."""
         loader = DICOMDataLoaderOperator(self, CountCondition(self, 1), input_folder=self.images, name="loader")
-        selector = DICOMSeriesSelectorOperator(self, rules=json.dumps(SERIES), name="selector")
+        largest_first = {"all_matched": True, "sort_by_sop_instance_count": True}  # not the scout
+        selector = DICOMSeriesSelectorOperator(self, rules=json.dumps(SERIES), **largest_first, name="selector")
         volume = DICOMSeriesToVolumeOperator(self, name="volume")
         network = MonaiBundleInferenceOperator(
             self,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from monai.transforms import Compose, EnsureChannelFirstd, Invertd, LoadImaged
 
-from tools.bundle_code.images import LoadImageOrSeriesd, ReadableImages, Spacingd, image_series, list_images
+from tools.bundle_code.images import LoadImageOrSeriesd, ReadableImages, Spacingd, image_series, list_images, reason
 
 
 def touch(folder, *names):
@@ -23,6 +23,7 @@ def names(images):
 def test_files_of_every_format_and_nothing_else(tmp_path):
     folder = touch(tmp_path, "b.nii.gz", "a.nrrd", "c.mha", "notes.txt", "._b.nii.gz", "d.nii")
     (folder / "empty").mkdir()
+    touch(folder, "scout.dcm")  # a DICOM file among images makes no series of the folder
     assert names(list_images(folder)) == ["a.nrrd", "b.nii.gz", "c.mha", "d.nii"]
     assert names(list_images(folder / "c.mha")) == ["c.mha"]
 
@@ -38,9 +39,25 @@ def test_an_nnunet_dataset_gives_its_test_images(tmp_path):
 def test_channels_are_grouped_by_case(tmp_path):
     touch(tmp_path, "a_0000.nii.gz", "a_0001.nii.gz", "b_0000.nii.gz", "b_0001.nii.gz")
     assert names(list_images(tmp_path, channels=2)) == [2, 2]
+    touch(tmp_path, "both.nii.gz")  # which has its channels in itself, or is said not to
+    assert names(list_images(tmp_path, channels=2)) == ["both.nii.gz", 2, 2]
     (tmp_path / "b_0001.nii.gz").unlink()
     with pytest.raises(FileNotFoundError, match=r"case b has channels \[0\], the network needs 0 to 1"):
         list_images(tmp_path, channels=2)
+
+
+def test_a_series_is_known_whatever_else_its_folder_has(tmp_path):
+    series = touch(tmp_path / "ct", ".DS_Store", "AAA", "DICOMDIR", "README")
+    (series / "DICOMDIR").write_bytes(bytes(128) + b"DICM")
+    with pytest.raises(FileNotFoundError, match="no image in"):
+        list_images(tmp_path)
+    (series / "slice").write_bytes(bytes(128) + b"DICM")
+    assert list_images(tmp_path) == list_images(series) == [{"image": str(series)}]
+
+
+def test_the_reason_is_what_itk_says_and_not_where():
+    told = "\n/work/ITK/Modules/IO/itkMetaImageIO.cxx:490:\nITK ERROR: file cannot be read"
+    assert reason(RuntimeError(told)) == "RuntimeError: ITK ERROR: file cannot be read"
 
 
 def test_empty_and_missing_folders_are_named(tmp_path):
@@ -81,7 +98,7 @@ def test_images_that_cannot_be_read_are_left_out_and_named(tmp_path, caplog):
     data = ReadableImages([good[0], broken, *good[1:]] * 2, transform=load, progress=False)
     assert [int(item["image"].max()) for item in data] == [0, 1, 2] * 2
     assert caplog.text.count("broken.nii.gz cannot be read and is left out") == 1
-    with pytest.raises(ValueError, match="none of the images can be read"):
+    with pytest.raises(ValueError, match=r"none of the images of this part can be read \(.*broken"):
         ReadableImages([broken], transform=load, progress=False)
     two = saved(tmp_path / "two.nii.gz", np.zeros((4, 5, 6, 2)))
     with pytest.raises(ValueError, match=r"two\.nii\.gz has 2 channels, the network takes 1"):

@@ -1,10 +1,13 @@
 """Where label maps go, that they are whole, and that those of different models, settings or images are not mixed."""
 
+from pathlib import Path
+
 import itk
 import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
+from monai.transforms import LoadImage
 
 from tools.bundle_code.label_maps import LabelMaps, Record, SaveImageOrNothingd
 
@@ -75,3 +78,24 @@ def test_label_maps_are_kept_only_of_the_same_model_settings_and_images(tmp_path
     (out / "label_maps.json").write_text("{")
     with pytest.raises(ValueError, match="does not say what made it"):
         check("/d/a.nii", overlap=0.25)
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".nrrd"])
+def test_an_image_of_one_slice_keeps_its_place(tmp_path, ending):
+    affine = np.diag([-2.0, -2.0, 5.0, 1.0])
+    affine[:3, 3] = 10, 20, 77
+    label = MetaTensor(
+        torch.ones(1, 5, 4, 1, dtype=torch.uint8), affine=affine, meta={"filename_or_obj": "slice.nii.gz"}
+    )
+    SaveImageOrNothingd("pred", LabelMaps(tmp_path, ending))({"pred": label})
+    written = LoadImage(ensure_channel_first=True)(tmp_path / f"slice_seg{ending}")
+    assert written.shape == (1, 5, 4, 1)
+    np.testing.assert_allclose(written.affine, affine, atol=1e-5)
+
+
+def test_label_maps_among_the_images_are_not_segmented(tmp_path):
+    """The output folder is that of the images, and the same command is run again."""
+    images = [{"image": str(tmp_path / name)} for name in ("a.nii.gz", "a_seg.nii.gz", "b.nrrd", "b_segment.nrrd")]
+    found = LabelMaps(tmp_path).of_images(images)
+    assert [Path(item["image"]).name for item in found.values()] == ["a.nii.gz", "b.nrrd", "b_segment.nrrd"]
+    assert len(LabelMaps(tmp_path / "elsewhere").of_images(images)) == 4

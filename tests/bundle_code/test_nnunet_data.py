@@ -2,9 +2,11 @@
 
 import json
 
+import nibabel
 import numpy as np
 import pytest
 import torch
+from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, Orientationd, Spacingd
 
 from tools.bundle_code import nnunet_data
 
@@ -58,6 +60,23 @@ def test_label_map_keeps_values_above_the_number_of_classes():
     transform = nnunet_data.LabelsToChannelsd("label", [[48], [11, 12]])
     mapped = transform({"label": torch.tensor([[0, 48, 11, 12, 13, 200, -3]])})["label"]
     assert mapped.tolist() == [[0, 1, 2, 2, 0, 0, 0]]
+
+
+def test_label_maps_off_their_image_are_refused_also_when_that_was_resampled(tmp_path):
+    affine = np.diag([2.0, 2.0, 5.0, 1.0])
+    files = {"image": affine, "label": affine, "elsewhere": np.eye(4)}
+    for name, own in files.items():
+        nibabel.save(nibabel.Nifti1Image(np.ones((9, 8, 7), np.float32), own), tmp_path / f"{name}.nii.gz")
+    load = Compose([LoadImaged(("image", "label")), EnsureChannelFirstd(("image", "label"))])
+    resample = Compose([Orientationd("image", "LPS", labels=None), Spacingd("image", [3.0, 3.0, 3.0])])
+    for name in ("label", "elsewhere"):
+        data = load({"image": str(tmp_path / "image.nii.gz"), "label": str(tmp_path / f"{name}.nii.gz")})
+        data["image"] = resample(data)["image"]
+        if name == "label":
+            assert nnunet_data.CheckGridd("label")(data)["label"].shape == (1, 9, 8, 7)
+        else:
+            with pytest.raises(ValueError, match=r"elsewhere\.nii\.gz is not on the grid of its image"):
+                nnunet_data.CheckGridd("label")(data)
 
 
 def test_split_is_written_once_and_then_followed(tmp_path):

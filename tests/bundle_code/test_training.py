@@ -4,9 +4,10 @@ import platform
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from monai.data import Dataset
 from monai.optimizers import WarmupCosineSchedule
 from monai.transforms import RandGaussianNoise
@@ -70,33 +71,37 @@ def test_seeded_epochs(step, alike):
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "polynomial"])
-def test_a_run_that_is_made_longer_goes_on_by_the_longer_schedule(tmp_path, schedule):
-    """Two steps an epoch; the rates of four epochs, and then of eight in the same folder."""
+def test_a_run_goes_on_as_what_it_is_now_told_to_be(tmp_path, schedule):
+    """Cosine by steps, or polynomial by epochs; begun with four epochs of two steps, gone on with as other runs."""
 
-    def rates(folder, epochs):
+    def rates(folder, epochs, length=2, rate=0.1, decay=0.0):
         network = torch.nn.Linear(2, 1)
-        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-        steps = 2 * epochs
+        optimizer = torch.optim.SGD(network.parameters(), lr=rate, weight_decay=decay)
         if schedule == "cosine":
-            scheduler = WarmupCosineSchedule(optimizer, warmup_steps=3, t_total=steps)
+            scheduler = WarmupCosineSchedule(optimizer, warmup_steps=3, t_total=length * epochs)
         else:
-            scheduler = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=steps, power=0.9)
+            scheduler = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=epochs, power=0.9)
         used = []
 
         def step(engine, batch):
             optimizer.zero_grad()
             network(batch).sum().backward()
-            used.append(optimizer.param_groups[0]["lr"])
+            used.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"]))
             optimizer.step()
-            scheduler.step()
+            if schedule == "cosine":
+                scheduler.step()
 
         engine, validator = Engine(step), Engine(lambda *_: None)
+        if schedule == "polynomial":
+            engine.add_event_handler(Events.EPOCH_COMPLETED, lambda: scheduler.step())
         paths = str(folder / "model.pt"), str(folder / "last.pt")
         ResumableCheckpoint(network, optimizer, scheduler, validator, *paths).attach(engine)
-        engine.run([torch.ones(1, 2)] * 2, max_epochs=epochs)
-        return used
+        engine.run([torch.ones(1, 2)] * length, max_epochs=epochs)
+        return np.array(used)
 
-    unbroken = rates(tmp_path / "unbroken", 8)
-    rates(tmp_path / "longer", 4)
-    assert rates(tmp_path / "longer", 8) == pytest.approx(unbroken[8:])
-    assert min(unbroken[8:]) > 0
+    for number, other in enumerate(({}, {"length": 1}, {"length": 6, "rate": 0.01, "decay": 0.1})):
+        unbroken = rates(tmp_path / f"unbroken{number}", 8, **other)
+        rates(tmp_path / f"longer{number}", 4)
+        gone_on = rates(tmp_path / f"longer{number}", 8, **other)
+        np.testing.assert_allclose(gone_on, unbroken[len(unbroken) // 2 :], rtol=1e-6)
+        assert gone_on[:, 0].min() > 0

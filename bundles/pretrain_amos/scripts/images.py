@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from monai.utils import ensure_tuple
 logger = logging.getLogger(__name__)
 
 FILE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
+UNEVEN = "ITK_non_uniform_sampling_deviation"  # mm, which ITK notes of a series
 NOT_IMAGES = ("SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "SR", "PR", "KO", "REG")
 
 
@@ -36,12 +38,17 @@ def list_images(folder: PathLike, channels: int = 1) -> list[dict[str, Any]]:
     root = Path(folder)
     if not root.exists():
         raise FileNotFoundError(f"{root} not found: --dataset_dir must name a folder of images, or an image")
-    if root.is_file() or is_dicom_series(root):
+    if root.is_file():
         return [{"image": str(root)}]
     for part in ("imagesTs", "imagesTr"):
         if (root / "dataset.json").is_file() and (root / part).is_dir() and any((root / part).iterdir()):
             return list_images(root / part, channels)
     files = sorted(p for p in root.iterdir() if p.name.endswith(FILE_ENDINGS) and not p.name.startswith("."))
+    slices = list(islice(_dicom_files(root), 2))
+    if len(slices) > 1 or (slices and not files):
+        if files:
+            logger.warning(f"{root} is read as a DICOM series; {', '.join(path.name for path in files)} in it are not")
+        return [{"image": str(root)}]
     series = sorted(p for p in root.iterdir() if p.is_dir() and is_dicom_series(p))
     images = _group_channels(files, channels) if channels > 1 else [{"image": str(path)} for path in files]
     images += [{"image": str(path)} for path in series]
@@ -52,24 +59,33 @@ def list_images(folder: PathLike, channels: int = 1) -> list[dict[str, Any]]:
 
 def _group_channels(files: list[Path], channels: int) -> list[dict[str, Any]]:
     cases: dict[str, dict[int, str]] = {}
+    others: list[dict[str, Any]] = []
     for path in files:
         match = re.fullmatch(r"(.+)_(\d{4})(\..+)", path.name)
         if match:
             cases.setdefault(match[1], {})[int(match[2])] = str(path)
+        else:
+            others.append({"image": str(path)})  # with all channels in it
     for name, found in cases.items():
         if sorted(found) != list(range(channels)):
             raise FileNotFoundError(f"case {name} has channels {sorted(found)}, the network needs 0 to {channels - 1}")
-    return [{"image": [found[channel] for channel in range(channels)]} for _, found in sorted(cases.items())]
+    return others + [{"image": [found[n] for n in range(channels)]} for _, found in sorted(cases.items())]
 
 
 def is_dicom_series(folder: Path) -> bool:
-    """Whether a folder holds DICOM files: ``*.dcm``, or files that carry the DICOM mark."""
-    for path in sorted(folder.iterdir())[:3] if folder.is_dir() else ():
-        if path.is_file() and not path.name.endswith(FILE_ENDINGS):
-            with path.open("rb") as file:
-                if path.suffix.lower() == ".dcm" or file.read(132)[128:] == b"DICM":
-                    return True
-    return False
+    """Whether a folder holds DICOM files: ``*.dcm``, or files that carry the DICOM mark; one that cannot be opened does not."""
+    return next(_dicom_files(folder), None) is not None
+
+
+def _dicom_files(folder: Path) -> Iterator[Path]:
+    try:
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if path.is_file() and not path.name.startswith(".") and not path.name.endswith(FILE_ENDINGS):
+                with path.open("rb") as file:
+                    if path.suffix.lower() == ".dcm" or (file.read(132)[128:] == b"DICM" and path.name != "DICOMDIR"):
+                        yield path
+    except PermissionError as error:
+        logger.warning(f"{folder} is passed over: {error.strerror}")
 
 
 def image_series(folder: Path) -> list[str]:
@@ -105,6 +121,14 @@ class DicomSeriesReader(ITKReader):
 
     def read(self, data: Sequence[PathLike] | PathLike, **kwargs: Any):
         series = [itk.imread(image_series(Path(name)), **{**self.kwargs, **kwargs}) for name in ensure_tuple(data)]
+        for name, image in zip(ensure_tuple(data), series, strict=True):
+            facts = image.GetMetaDataDictionary()
+            uneven = float(facts[UNEVEN]) / image.GetSpacing()[2] if facts.HasKey(UNEVEN) else 0
+            if uneven > 0.1:
+                raise ValueError(
+                    f"{name}: its slices are not evenly spaced ({uneven:.1f} slices off): some are missing, or the series holds "
+                    "several acquisitions"
+                )
         return series if len(series) > 1 else series[0]
 
 
@@ -124,6 +148,15 @@ class LoadImageOrSeriesd(LoadImaged):
                 logger.warning(f"{data[key]}: {count} voxels are NaN or infinite; they are read as 0")
                 image[~finite] = 0
         return result
+
+
+def reason(error: BaseException) -> str:
+    """What an error was first raised by, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = [line for line in lines if line and not re.search(r"\.cxx:\d+:$", line)]  # where in ITK's code is no reason
+    return ": ".join([type(error).__name__, *told[:1]])
 
 
 class ReadableImages(CacheDataset):
@@ -148,14 +181,14 @@ class ReadableImages(CacheDataset):
         if broken:
             self.data = [item for item in self.data if self.hash_func(item) not in broken]
         if not len(self.data):
-            raise ValueError("none of the images can be read")
+            names = ", ".join(sorted({str(item["image"]) for item in data})[:3])
+            raise ValueError(f"none of the images of this part can be read ({names}, …): remove them from the folder")
 
     def _load_cache_item(self, idx: int) -> Any:
         try:
             item = super()._load_cache_item(idx)
         except Exception as error:  # libraries raise nearly anything on a damaged file
-            reason = " ".join(str(error).split())[:200]
-            logger.warning(f"{self.data[idx]['image']} cannot be read and is left out ({reason})")
+            logger.warning(f"{self.data[idx]['image']} cannot be read and is left out ({reason(error)})")
             return None
         if len(item["image"]) != self.channels:
             raise ValueError(

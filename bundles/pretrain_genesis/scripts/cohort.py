@@ -24,6 +24,7 @@ from monai.engines import IterationEvents, SupervisedEvaluator
 from monai.engines.utils import engine_apply_transform
 from tqdm import tqdm
 
+from .images import reason
 from .label_maps import LabelMaps, Record, first_file
 
 SECTIONS = ("network_def", "preprocessing", "inferer", "postprocessing")
@@ -230,14 +231,6 @@ def _wait_for_torchrun() -> None:
         if store.add("processes that are through", 1) == processes:
             store.set("all are through", "")
         store.wait(["all are through"], timedelta(days=365))
-
-
-def reason(error: BaseException) -> str:
-    """What an error was first raised by, in one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return ": ".join([type(error).__name__, *lines[:1]])
 
 
 @contextmanager

@@ -40,13 +40,16 @@ class LabelMaps(FolderLayoutBase):
         return self.folder / f"{image_name(subject)}_{self.postfix}{number}{self.extension}"
 
     def of_images(self, items: Sequence[Mapping[str, Any]]) -> dict[Path, Mapping[str, Any]]:
-        """Each item of a dataset by the label map of its image.
+        """Each item of a dataset by the label map of its image; label maps that lie among the images are none of these.
 
         Raises:
             ValueError: two images would have the same one.
         """
         found: dict[Path, Mapping[str, Any]] = {}
+        own = {os.path.abspath(self.filename(first_file(item))) for item in items}
         for item in items:
+            if os.path.abspath(first_file(item)) in own:
+                continue
             path = self.filename(first_file(item))
             if path in found:
                 raise ValueError(
@@ -74,6 +77,15 @@ def unfinished_folder(path: Path) -> Path:
     return path.with_name(f".{path.name}.unfinished")
 
 
+class KeepsSlices:
+    """In front of one of MONAI's writers: an image of one slice stays one of three axes, at its place along the third."""
+
+    @classmethod
+    def convert_to_channel_last(cls, data: Any, *args: Any, **kwargs: Any) -> Any:
+        converted = super().convert_to_channel_last(data, *args, **{**kwargs, "squeeze_end_dims": False})
+        return converted[..., 0] if converted.shape[-1] == 1 else converted
+
+
 class SaveImageOrNothingd(SaveImaged):
     """MONAI's ``SaveImaged``, whose file is there when it is complete, and not before.
 
@@ -93,7 +105,8 @@ class SaveImageOrNothingd(SaveImaged):
             keys, folder_layout=folder_layout, output_ext=folder_layout.extension, print_log=False, **kwargs
         )
         # MONAI goes on with the next writer where one fails; ITK's, after nibabel's, says nothing when a disk is full
-        self.saver.writers = self.saver.writers[:1]
+        writer = self.saver.writers[0]
+        self.saver.writers = [type(writer.__name__, (KeepsSlices, writer), {})]
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         for key in self.key_iterator(data):

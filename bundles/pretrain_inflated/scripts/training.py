@@ -8,7 +8,7 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -252,17 +252,12 @@ class ResumableCheckpoint:
             return
         try:
             checkpoint = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
-            planned = self._iterations(engine)
-            rates = [group["lr"] for group in self.parts["lr_scheduler"].optimizer.param_groups]
+            groups = self.parts["lr_scheduler"].optimizer.param_groups
+            settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
             for name, part in self.parts.items():
-                if name == "lr_scheduler" and checkpoint.get("iterations", planned) != planned:
-                    _reschedule(part, rates, checkpoint[name]["last_epoch"])
-                    engine.logger.info(
-                        f"the run was planned for {checkpoint['iterations']} iterations and is now for {planned}: from here on "
-                        "the learning rate is what it would be in a run of that length"
-                    )
-                else:
+                if name != "lr_scheduler":
                     part.load_state_dict(checkpoint[name])
+            self._go_on(settings, checkpoint, engine.state.epoch_length)
             self.best, self.best_epoch = checkpoint["best"], checkpoint["best_epoch"]
             engine.state.epoch = checkpoint["epoch"]
             engine.state.iteration = checkpoint["epoch"] * engine.state.epoch_length
@@ -271,12 +266,29 @@ class ResumableCheckpoint:
                 f"cannot resume from {self.checkpoint_path} ({str(error).splitlines()[0]}): "
                 "delete it, or run with --resume False, to train from the beginning"
             ) from error
-        engine.logger.info(f"resumed after epoch {engine.state.epoch} from {self.checkpoint_path}")
+        rates = dict.fromkeys(f"{group['lr']:.3g}" for group in self.parts["lr_scheduler"].optimizer.param_groups)
+        engine.logger.info(
+            f"resumed after epoch {engine.state.epoch} from {self.checkpoint_path}, learning rate {', '.join(rates)}"
+        )
 
-    @staticmethod
-    def _iterations(engine: Engine) -> int:
-        """Of the whole run."""
-        return int(engine.state.max_epochs * engine.state.epoch_length)
+    def _go_on(self, settings: Sequence[Mapping[str, Any]], checkpoint: Mapping[str, Any], epoch_length: int) -> None:
+        """Learning rates and other settings as they would be now, had the run been begun with those that it has now.
+
+        Args:
+            settings: of the optimiser's groups, as they are at the beginning of a run.
+            checkpoint: of the run that is gone on with; its own settings, and its schedule, are left behind.
+            epoch_length: steps in an epoch of this run.
+        """
+        scheduler = self.parts["lr_scheduler"]
+        for group, own in zip(scheduler.optimizer.param_groups, settings, strict=True):
+            group.update(own)
+        epoch, steps = checkpoint["epoch"], checkpoint["lr_scheduler"]["last_epoch"]
+        if steps == epoch * checkpoint.get("epoch_length", epoch_length):  # otherwise it takes a step an epoch
+            steps = epoch * epoch_length
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about steps of the scheduler without one of the optimiser
+            for _ in range(steps):
+                scheduler.step()
 
     def __call__(self, engine: Engine) -> None:
         weights = (self.parts["network"] if self.average is None else self.average.model.module).state_dict()
@@ -302,7 +314,7 @@ class ResumableCheckpoint:
             {
                 **state,
                 "epoch": engine.state.epoch,
-                "iterations": self._iterations(engine),
+                "epoch_length": engine.state.epoch_length,
                 "best": self.best,
                 "best_epoch": self.best_epoch,
             },
@@ -319,16 +331,6 @@ class ResumableCheckpoint:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-
-
-def _reschedule(scheduler: Any, rates: Iterable[float], steps: int) -> None:
-    """Bring a scheduler as it is at the beginning of a run, with these learning rates, to where it is after some steps."""
-    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about steps of the scheduler alone
-        for _ in range(steps):
-            scheduler.step()
 
 
 class Progress:

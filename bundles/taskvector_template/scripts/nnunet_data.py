@@ -100,6 +100,58 @@ def label_values(dataset_dir: str | Path, labels: LabelChoice) -> list[list[int]
     return channels
 
 
+Grid = tuple[Sequence[int], np.ndarray]  # a shape, and an affine from voxels to mm
+
+
+def check_grid(name: str, grid: Grid, image_grid: Grid) -> None:
+    """Refuse a label map that does not lie on its image's voxels; by a tenth of one files of different programs may differ.
+
+    Args:
+        name: of the label map, for the message.
+        grid: of the label map.
+        image_grid: of the image.
+
+    Raises:
+        ValueError: names it, and says how far it is off.
+    """
+    (shape, affine), (image_shape, image_affine) = grid, image_grid
+    if tuple(shape) != tuple(image_shape):
+        sizes = [" × ".join(map(str, size)) for size in (shape, image_shape)]
+        raise ValueError(f"{name} is not on the grid of its image: {sizes[0]} voxels instead of {sizes[1]}")
+    corners = np.array([*np.ndindex(*[2] * len(shape))]) * (np.array(shape) - 1)
+    places = np.ones((len(corners), len(affine)))
+    places[:, :-1] = np.pad(corners, ((0, 0), (0, len(affine) - 1 - len(shape))))  # of a flat image the third is 0
+    apart = places @ (np.asarray(affine) - np.asarray(image_affine)).T
+    off = np.linalg.norm(apart, axis=1).max() / np.linalg.norm(np.asarray(image_affine)[:-1, :-1], axis=0).min()
+    if not off <= 0.1:
+        raise ValueError(
+            f"{name} is not on the grid of its image: the same voxel lies up to {off:.2g} voxels elsewhere; resample it to the "
+            "image, or copy the image's affine to it if only that is wrong"
+        )
+
+
+class CheckGridd(MapTransform):
+    """Refuse label maps that are not on their image's grid: resampled to it they would be wrong, or all background.
+
+    Args:
+        keys: label maps, as they were loaded.
+        image: key of the image, which may have been resampled since it was loaded.
+    """
+
+    def __init__(self, keys: KeysCollection, image: str = "image", allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.image = image
+
+    def __call__(self, data: Mapping) -> dict:
+        grids = {}
+        for key in (self.image, *self.key_iterator(data)):
+            meta = data[key].meta
+            grids[key] = tuple(np.asarray(meta["spatial_shape"]).tolist()), np.asarray(meta["original_affine"])
+        for key in self.key_iterator(data):
+            check_grid(str(data[key].meta.get("filename_or_obj", key)), grids[key], grids[self.image])
+        return dict(data)
+
+
 class LabelsToChannelsd(MapTransform):
     """Replace a label map's own values by output channel numbers: ``values[0]`` becomes 1, …, everything else 0.
 
