@@ -114,7 +114,8 @@ def search(
     every, test = separate_cases(dataset_dir, part, test_part, split_file, fold)
     cases = _some(every, scans, seed)
     folder = Path(output)
-    named = {"storage": shown(storage) if storage else "study.journal", "name": study}
+    where = shown(storage) if "://" in storage else str(Path(storage).resolve()) if storage else "study.journal"
+    named = {"storage": where, "name": study}
     _check_folder(folder, named, base.method)
     scorer = MergeScorer(base, dataset_dir, labels)
     if test:

@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tools.errors import UserError
-from tools.importers.conversion import named_tensors, read_checkpoint
+from tools.importers.conversion import inner_state, named_tensors, read_checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-WRAPPERS = ("model", "state_dict", "network", "net")  # what checkpoints call the weights among other things
 
 SAME = "biases (qkv_bias), norms (patch_norm) and the number of layers must be the file's"
 
@@ -81,11 +79,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return named_tensors(load_file(path), path, "it")
         except SafetensorError as error:
             raise UserError(f"{path} cannot be read ({error})") from None
-    content = read_checkpoint(path)
-    for key in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            return named_tensors(content[key], path, key)
-    return named_tensors(content, path, "it")
+    state, key = inner_state(read_checkpoint(path))
+    return named_tensors(state, path, key or "it")
 
 
 def fit(

@@ -160,6 +160,14 @@ def repeated(kernel: Tensor, copies: int, stem: str) -> tuple[Tensor, str]:
     return (several / copies, f"{said}, divided by {copies}") if stem == "mean" else (several, said)
 
 
+def inner_state(content: Any) -> tuple[Any, str]:
+    """The network's weights where a checkpoint has them among other things, and their name there; else all of it, and ""."""
+    for key in ("model", "state_dict", "network", "net"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            return content[key], key
+    return content, ""
+
+
 def named_tensors(state: Any, path: str | Path, where: str) -> dict[str, Tensor]:
     """The tensors of a part of a checkpoint, by name without the prefixes of wrapped networks.
 

@@ -14,13 +14,12 @@ from typing import Any
 
 from tools.bundle import Bundle
 from tools.errors import UserError
-from tools.importers.conversion import Conversion, check_stem, named_tensors, read_checkpoint, repeated
+from tools.importers.conversion import Conversion, check_stem, inner_state, named_tensors, read_checkpoint, repeated
 from tools.instantiate import window_size
 from tools.labels import parse_sources
 from tools.lineage import file_sha256
 from tools.network import build, describe, output_argument
 
-STATES = ("model", "state_dict", "network", "net")  # what checkpoints call the network's weights among other things
 KEPT = "name task description authors copyright license data_source references intended_use image_classes".split()
 
 
@@ -54,12 +53,8 @@ def read(
         raise UserError(f"{checkpoint}: metadata.json or network_def lack what a bundle has ({error})") from None
     names = _names(checkpoint, channels, count, labels)
     content = read_checkpoint(checkpoint / weights)
-    state, where = content, weights
-    for key in STATES:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            state, where = content[key], f"{key} of {weights}"
-            break
-    tensors = named_tensors(state, checkpoint / weights, where)
+    state, key = inner_state(content)
+    tensors = named_tensors(state, checkpoint / weights, f"{key} of {weights}" if key else weights)
     with bundle.code():
         describe(network_def)  # so that a head that cannot be found is noticed here
         expected = build(network_def, count).state_dict()
