@@ -111,3 +111,5 @@ def test_new_pretraining_takes_the_datasets_labels(chain, tmp_path, labels):
     }  # fmt: skip
     train = json.loads((tmp_path / "p" / "configs" / "train.json").read_text())
     assert (train["dropout"], train["learning_rate"], train["patch_size"]) == (0.5, 1e-3, [32, 32, 32])
+    for config in (train, bundle.inference):  # the knob that chooses between the template's own two sets of labels
+        assert "binary" not in json.dumps(config)

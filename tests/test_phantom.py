@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from tools.phantom import ORGANS, SHAPE, simulate
+from tools.errors import UserError
+from tools.phantom import ORGANS, SHAPE, phantom, simulate
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +23,12 @@ def test_the_same_seed_gives_the_same_patient(patients):
     image, labels = simulate("native", np.random.default_rng([0, 7]))
     assert np.array_equal(image, patients["native"][0][0])
     assert np.array_equal(labels, patients["native"][0][1])
+
+
+def test_no_patients_are_refused(tmp_path):
+    with pytest.raises(UserError, match="--cases 0: it must be 1 or more"):
+        phantom(str(tmp_path / "none"), cases=0)
+    assert not list(tmp_path.iterdir())
 
 
 def test_images_are_hounsfield_units_with_every_organ(patients):

@@ -57,6 +57,12 @@ def test_fine_tuning_starts_from_the_starting_point_and_freezes_it_first(chain, 
     assert second["initial_lr"] == pytest.approx(10 * first["initial_lr"])
 
 
+def test_a_batch_of_more_than_there_is_is_all_there_is(fresh):
+    folder = fresh("few")
+    train(folder, "--max_epochs", 1, "--frozen_epochs", 0, "--patches_per_volume", 1, "--batch_size", 64)
+    assert checkpoint(folder)["epoch"] == 1 and (folder / "models" / "model.pt").is_file()
+
+
 def test_a_killed_run_resumes_and_ends_as_an_unbroken_one(chain, fresh):
     unbroken, broken = fresh("unbroken"), fresh("broken")
     train(unbroken, *EXTRA)
