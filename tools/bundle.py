@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import sys
@@ -81,12 +80,11 @@ class Bundle:
         Raises:
             UserError: there are no weights.
         """
-        from tools.lineage import file_sha256
+        from tools.lineage import facts_sha256, file_sha256
 
         masks = self.path / "models" / "modulators.pt"
         files = [self.weights().path, *([masks] if masks.is_file() else [])]
-        facts = [*map(file_sha256, files), self.inference]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return facts_sha256([*map(file_sha256, files), self.inference])
 
     def weights(self) -> WeightsFile:
         """The weights, to be read piece by piece.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ import yaml
 from tools.bundle import Bundle
 from tools.errors import UserError, nearest, numbers
 from tools.evaluate import owners, score_bundle, separate_cases
-from tools.lineage import file_sha256
+from tools.lineage import case_sha256, facts_sha256
 from tools.merge import split_paths
 from tools.merge_methods import METHODS
 from tools.merge_scorer import MergeScorer
@@ -182,17 +181,11 @@ class _Scorer:
     def _path(self, name: str, part: str, made_of: Sequence[Any]) -> Path:
         """The file for the scores of something, whose name changes with what it is made of and with the cases."""
         facts = [*made_of, self.contents[part]]
-        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-        return self.output / "scores" / f"{name}_{part}_{key[:16]}.csv"
+        return self.output / "scores" / f"{name}_{part}_{facts_sha256(facts)[:16]}.csv"
 
 
 def _contents(dataset_dir: str, cases: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What scores on cases depend on: their files' contents, and what the dataset calls its labels."""
-    from monai.utils import ensure_tuple
-
     from tools.bundle_code.nnunet_data import read_labels
 
-    found: dict[str, Any] = {"labels": read_labels(dataset_dir)}
-    for name, case in cases.items():
-        found[f"case {name}"] = [file_sha256(file) for file in (*ensure_tuple(case["image"]), case["label"])]
-    return found
+    return {"labels": read_labels(dataset_dir), **{f"case {name}": case_sha256(case) for name, case in cases.items()}}

@@ -145,4 +145,4 @@ def _check_configs(pretrained: Bundle, finetuned: Bundle) -> None:
 
 def widest(dtypes: Sequence[str]) -> str:
     """float32 if any weight has it or more, else the half precision that all have."""
-    return dtypes[0] if dtypes and set(dtypes) <= {dtypes[0]} & set(HALF) else "float32"
+    return dtypes[0] if len(set(dtypes)) == 1 and dtypes[0] in HALF else "float32"

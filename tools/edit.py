@@ -74,9 +74,7 @@ def edit(
 def _check_free(parameter: str, recipe: Recipe, path: Path) -> None:
     """Refuse to change a parameter that overrides set for every tensor: nothing would change, as in what ``distil`` made."""
     sets = [override["tensors"] for override in recipe.overrides if parameter in override["parameters"]]
-    vector = TaskVector(recipe.vectors[0])
-    statistics = vector.facts.structure.statistics
-    names = [name for name in vector.tensors if name not in statistics]
+    names = TaskVector(recipe.vectors[0]).weights
     if sets and all(any(matches(name, pattern) for pattern in sets) for name in names):
         raise UserError(
             f"{path} sets {parameter} for every tensor by its overrides, so that --{parameter} would change nothing: change "

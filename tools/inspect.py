@@ -104,7 +104,7 @@ def _fits(vector: TaskVector, weights: WeightsFile) -> bool:
 def describe_vector(vector: TaskVector) -> dict[str, Any]:
     """Labels, lineage and size of a task vector, and its norm for each part of the network."""
     squares: dict[str, float] = {}
-    for name in (name for name in vector.tensors if name not in vector.facts.structure.statistics):
+    for name in vector.weights:
         part = part_of(name)
         squares[part] = squares.get(part, 0.0) + sum(
             float(np.dot(block.values, block.values)) for block in vector.blocks(name)

@@ -14,6 +14,7 @@ from tools.network import WITHOUT_SPARE_CHANNELS, Structure, output_argument
 from tools.vendor import SOURCE, named_modules, with_imports
 
 LEFT_OUT = ("models", "checkpoints", "eval", "__pycache__", "splits_final.json")
+TEMPLATES_OWN_LABELS = ("binary", "binary_labels", "all_labels")  # pretrain_cui has two sets, and a knob to choose
 CONFIGS_WITH_NETWORK = ("train.json", "inference.json")
 
 
@@ -56,11 +57,7 @@ def set_labels(output: Path, label_map: Mapping[str, list[int | str]], dataset_d
     count = 1 + len(label_map)
     names = {"0": "background", **{str(i): name for i, name in enumerate(label_map, start=1)}}
     for config, path in _configs(output, CONFIGS_WITH_NETWORK):
-        for knob in (
-            "binary",
-            "binary_labels",
-            "all_labels",
-        ):  # of pretrain_cui, which chooses between two sets of labels
+        for knob in TEMPLATES_OWN_LABELS:
             config.pop(knob, None)
         config.get("evaluator", {}).get("settings", {}).pop("binary", None)
         if "labels" in config:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -279,11 +280,12 @@ def _twice_differentiable(network: nn.Module) -> Iterator[None]:
     """Group normalisations compute as PyTorch's own, whose gradient has a gradient; the bundles' fast one has none."""
     from torch import nn
 
+    def plain(layer: nn.GroupNorm, x: Tensor) -> Tensor:
+        return nn.GroupNorm.forward(layer, x.contiguous())  # in the layout that forward derivatives need
+
     layers = [m for m in network.modules() if isinstance(m, nn.GroupNorm) and type(m) is not nn.GroupNorm]
     for layer in layers:
-        layer.forward = lambda x, layer=layer: nn.GroupNorm.forward(
-            layer, x.contiguous()
-        )  # which forward derivatives need
+        layer.forward = partial(plain, layer)
     try:
         yield
     finally:

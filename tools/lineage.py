@@ -1,10 +1,13 @@
-"""The identity of a backbone: the SHA-256 of its tensors."""
+"""The identity of what something was made of, as SHA-256: of a backbone, of files, of plain values."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tools.archive import pieces, progress
 from tools.network import Structure
@@ -35,3 +38,14 @@ def file_sha256(path: str | Path) -> str:
             digest.update(piece)
             bar.update(len(piece))
     return digest.hexdigest()
+
+
+def case_sha256(case: Mapping[str, Any]) -> list[str]:
+    """SHA-256 of the files of a labelled case: of its image, channel by channel, and of its label map."""
+    image = case["image"]
+    return [file_sha256(file) for file in (*([image] if isinstance(image, str) else image), case["label"])]
+
+
+def facts_sha256(facts: Any) -> str:
+    """SHA-256 of plain values, independent of the order of dictionaries."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -29,12 +29,12 @@ from tools.instantiate import (
     without_compiling,
 )
 from tools.lineage import backbone_sha256, file_sha256
-from tools.merge_engine import MergeEngine, merged_buffers
+from tools.merge_engine import MergeEngine, does_not_fit, merged_buffers
 from tools.merge_methods import METHODS
 from tools.merge_plan import describe_methods, plan_table
 from tools.modulators import write_modulators
 from tools.network import LINEARIZED
-from tools.output import check_output, complete_output
+from tools.output import complete_output
 from tools.recipe import Recipe
 from tools.task_vector import TaskVector
 from tools.weights_file import DTYPES, WeightsFile, to_bytes, write_torch
@@ -125,15 +125,13 @@ def merge_recipe(
     vectors = [TaskVector(path) for path in recipe.vectors]
     structure = vectors[0].facts.structure
     check_vectors(recipe.vectors, vectors, start, weights, recipe.other_start)
-    if not dry_run:
-        check_output(output, overwrite, inputs=[recipe.pretrained, *recipe.vectors])
     label_map = _stack_labels(recipe.vectors, vectors)
     engine = MergeEngine(recipe, weights, vectors)
     whole = stacked_heads(structure, heads_of(recipe, vectors)) | merged_buffers(recipe.vectors, vectors)
     if dry_run:
         print(plan_table(engine, label_map))
         return
-    with complete_output(output, overwrite) as folder:
+    with complete_output(output, overwrite, inputs=[recipe.pretrained, *recipe.vectors]) as folder:
         copy_template(TEMPLATE, folder)
         set_starting_point(folder, start, structure, out_channels=1 + len(label_map))
         set_labels(folder, label_map)
@@ -237,7 +235,7 @@ def write_weights(path: Path, engine: MergeEngine, whole: Mapping[str, np.ndarra
             yield name, iter([to_bytes(engine.start.array(name), layout[name][0])])
         for name, tensor in whole.items():
             if layout[name][0] == "float16" and np.abs(tensor).max(initial=0) > np.finfo(np.float16).max:
-                raise UserError(f"the merged tensor {name} does not fit float16: choose another --dtype")
+                raise does_not_fit(name)
             yield name, iter([to_bytes(tensor, layout[name][0])])
 
     write_torch(path, layout, _with_progress(data(), engine, layout), aliases)

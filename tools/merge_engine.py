@@ -142,7 +142,7 @@ class MergeEngine:
                 for vector in self.vectors:
                     vector.check_finite(name)
                 if is_finite(merged):
-                    raise UserError(f"the merged tensor {name} does not fit float16: choose another --dtype")
+                    raise does_not_fit(name)
                 raise UserError(f"the merged tensor {name} has infinite values: the coefficients are too large")
         return name, data
 
@@ -266,6 +266,11 @@ class MergeEngine:
             if is_matrix or method.granularity == "entries":
                 merged = method.function(merged, deltas, self._depth[name], **parameters)
         return merged
+
+
+def does_not_fit(name: str) -> UserError:
+    """Of a tensor that would be infinite in float16, and in no other dtype."""
+    return UserError(f"the merged tensor {name} does not fit float16: let the recipe name another dtype")
 
 
 def merged_buffers(paths: Sequence[object], vectors: Sequence[TaskVector]) -> dict[str, np.ndarray]:

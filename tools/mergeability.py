@@ -46,11 +46,8 @@ def mergeability(vectors: Sequence[TaskVector], pretrained: WeightsFile | None =
     Raises:
         UserError: they are not of the same network.
     """
-    statistics = vectors[0].facts.structure.statistics  # running means and variances, which no method merges as weights
-    tensors = {name: tensor for name, tensor in vectors[0].tensors.items() if name not in statistics}
-    shapes = [
-        {name: vector.tensors[name].shape for name in vector.tensors if name not in statistics} for vector in vectors
-    ]
+    tensors = {name: vectors[0].tensors[name] for name in vectors[0].weights}
+    shapes = [{name: vector.tensors[name].shape for name in vector.weights} for vector in vectors]
     if any(other != shapes[0] for other in shapes):
         raise UserError("these task vectors are not of the same network")
     thresholds = [magnitude_of_share(Entries(vector, list(tensors)), TOP) for vector in vectors]

@@ -6,7 +6,6 @@ coefficients. Coefficients that are learned by gradients are what ``distil`` mak
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import tempfile
@@ -20,7 +19,7 @@ import yaml
 from tools.bundle import Bundle, read_json
 from tools.errors import UserError, at_least, naming, nearest
 from tools.evaluate import separate_cases
-from tools.lineage import backbone_sha256, file_sha256
+from tools.lineage import backbone_sha256, case_sha256, facts_sha256, file_sha256
 from tools.merge import check_vectors, merge_recipe, split_paths
 from tools.merge_engine import MergeEngine
 from tools.merge_scorer import CaseDice, MergeScorer, case_dice, mean_dice
@@ -128,8 +127,8 @@ def search(
         "dataset": Path(dataset_dir).resolve().name,
         "cases": list(cases),
         "channels": scorer.channels,
-        "files": _files_sha256(cases),
-        "inference": hashlib.sha256(json.dumps(scorer.bundle.inference, sort_keys=True).encode()).hexdigest(),
+        "files": facts_sha256([case_sha256(case) for case in cases.values()]),
+        "inference": facts_sha256(scorer.bundle.inference),
     }
     pruned = bool(prune) and sampler == "tpe" and len(cases) >= ENOUGH_CASES
     opened = open_study(storage or str(folder / "study.journal"), study, settings, seed, bool(storage), pruned)
@@ -210,14 +209,6 @@ def _check_organs(cases: Mapping[str, dict], channels: Mapping[str, Sequence[int
         if np.isin(label, values).any():
             return
     raise UserError(f"--test_part {part}: none of its cases has any of the organs {', '.join(channels)}")
-
-
-def _files_sha256(cases: Mapping[str, dict]) -> str:
-    """SHA-256 of the cases' images and label maps."""
-    from monai.utils import ensure_tuple
-
-    files = [file_sha256(file) for case in cases.values() for file in (*ensure_tuple(case["image"]), case["label"])]
-    return hashlib.sha256(" ".join(files).encode()).hexdigest()
 
 
 def _some(cases: Mapping[str, dict], count: int, seed: int) -> dict[str, dict]:

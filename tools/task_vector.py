@@ -190,6 +190,11 @@ class TaskVector:
         self.sha256 = digest.hexdigest()
 
     @property
+    def weights(self) -> list[str]:
+        """Names of the tensors but running means and variances, which no method merges as weights."""
+        return [name for name in self.tensors if name not in self.facts.structure.statistics]
+
+    @property
     def task(self) -> str:
         return self.facts.task
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from tools.lineage import facts_sha256
 
 
 def unfinished(output: str | Path, name: str, facts: Sequence[Any]) -> Path:
@@ -19,7 +19,7 @@ def unfinished(output: str | Path, name: str, facts: Sequence[Any]) -> Path:
         name: the folder's begins with it.
         facts: whatever decides what is done, as plain values.
     """
-    return _partial(output) / f"{name}_{_key(facts)}"
+    return _partial(output) / f"{name}_{facts_sha256(facts)[:16]}"
 
 
 def kept_file(folder: Path, case: str, ending: str, *sources: str | Sequence[str]) -> Path:
@@ -33,7 +33,7 @@ def kept_file(folder: Path, case: str, ending: str, *sources: str | Sequence[str
     """
     files = [Path(file) for source in sources for file in ([source] if isinstance(source, str) else source)]
     facts = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    return folder / f"{case}_{_key(facts)}{ending}"
+    return folder / f"{case}_{facts_sha256(facts)[:16]}{ending}"
 
 
 def clear(output: str | Path) -> None:
@@ -43,10 +43,6 @@ def clear(output: str | Path) -> None:
         shutil.rmtree(folder)
     with suppress(OSError):  # it holds something else
         partial.rmdir()
-
-
-def _key(facts: Sequence[Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _partial(output: str | Path) -> Path:

@@ -425,21 +425,15 @@ _HARMLESS = {
 
 
 def _unpickled(data: bytes) -> object:
-    for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name not in _OPCODES:
-            raise pickle.UnpicklingError(f"it has an instruction {opcode.name}, which tensors do not need")
-        if opcode.name == "LONG_BINPUT" and argument > len(
-            data
-        ):  # the unpickler would make a table of that many entries
-            raise pickle.UnpicklingError("it numbers more things than it has")
-    _check_tuples(data)
+    _check_instructions(data)
     return _Unpickler(io.BytesIO(data)).load()
 
 
-def _check_tuples(data: bytes) -> None:
-    """Refuse tuples of tuples that a few bytes make larger than any memory: hashing one, as a key, would take for ever.
+def _check_instructions(data: bytes) -> None:
+    """Refuse a pickle that tensors do not need, before the unpickler sees it: other instructions, numbers, and large tuples.
 
-    The sizes of what an unpickler would have on its stack are followed; all but tuples count as one.
+    A few bytes can make a tuple of tuples larger than any memory; hashing it, as a key, would take for ever. The sizes of what
+    an unpickler would have on its stack are followed; all but tuples count as one.
     """
     stack: list[int] = []
     marks: list[int] = []
@@ -455,6 +449,10 @@ def _check_tuples(data: bytes) -> None:
 
     for opcode, argument, _ in pickletools.genops(data):
         name = opcode.name
+        if name not in _OPCODES:
+            raise pickle.UnpicklingError(f"it has an instruction {name}, which tensors do not need")
+        if name == "LONG_BINPUT" and argument > len(data):  # the unpickler would make a table of that many entries
+            raise pickle.UnpicklingError("it numbers more things than it has")
         if name == "MARK":
             marks.append(len(stack))
         elif name in _MEMORISED:

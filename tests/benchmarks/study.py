@@ -45,8 +45,10 @@ TASKS = {
         "aorta": "aorta",
     },
 }
-TAKEN = ("joint_training", "student", "pseudo_labels", "distilled", "emr_modulated", "tall_modulated", "compare")
-TAKEN += ("flatness", "linear", "images", "logs")  # folders beside those of the tasks
+TAKEN = (  # folders beside those of the tasks
+    *("joint_training", "student", "pseudo_labels", "distilled", "emr_modulated", "tall_modulated", "compare"),
+    *("flatness", "linear", "images", "logs"),
+)
 PATCHES_PER_VOLUME = 8
 UNLABELLED_SCANS = 4  # that statistics and coefficients are taken from
 

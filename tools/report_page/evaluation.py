@@ -11,8 +11,9 @@ from tools.bundle import Bundle, read_json
 from tools.card import evaluated_as
 from tools.errors import UserError
 from tools.scores import Score, read_scores
+from tools.summary_table import SPECIALISTS
 
-MERGE, START, SPECIALISTS = "merge", "starting point", "specialists"
+MERGE, START = "merge", "starting point"
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from tools.report_page.evaluation import MERGE, SPECIALISTS, START, Evaluation
+from tools.report_page.evaluation import MERGE, START, Evaluation
 from tools.report_page.page import Section, as_csv
+from tools.summary_table import SPECIALISTS
 
 METRICS = {
     "dice": ("Dice", 3),

@@ -18,15 +18,15 @@ from tqdm import tqdm
 
 from tools.bundle import Bundle
 from tools.errors import UserError
-from tools.evaluate import find_cases, matched_channels
+from tools.evaluate import REFERENCE, find_cases, matched_channels
 from tools.report_page.colours import organ_colours
-from tools.report_page.evaluation import MERGE, SPECIALISTS, START, Evaluation
+from tools.report_page.evaluation import MERGE, START, Evaluation
 from tools.report_page.page import Section, data_uri
+from tools.summary_table import SPECIALISTS
 
 if TYPE_CHECKING:
     from PIL import Image
 
-REFERENCE = "reference"
 FIRST = (REFERENCE, SPECIALISTS, MERGE, START)  # in this order, before other bundles
 EDGE = 160  # voxels: longer edges are thinned out
 BUDGET = 12_000_000  # characters of all pictures together
